@@ -1,0 +1,269 @@
+"""What every method works with: lazy task deltas in, a merged delta with its record out, and the factors of the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_truncated
+from dirmerge.lowrank import LowRank
+
+Delta = Tensor | LowRank
+
+
+class Tasks:
+    """The deltas D_1 … D_T of one parameter, loaded one at a time.
+
+    A method iterates as often as it needs and keeps what it must; a loader that reads from disk thereby bounds memory.
+
+    Args:
+        shape: of every delta; (m, n) for the spectral methods.
+        loaders: one callable per task that returns its delta in float32 or float64, dense or LowRank.
+        ranks: per task the rank of its LowRank delta, None for a dense one.
+        names: per task, for messages.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        loaders: Sequence[Callable[[], Delta]],
+        ranks: Sequence[int | None],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if len(loaders) != len(ranks):
+            raise ValueError(f"ranks must have one entry per task, got {len(ranks)} for {len(loaders)} tasks")
+        self.shape = tuple(shape)
+        self.ranks = tuple(ranks)
+        self.names = tuple(names) if names is not None else tuple(f"delta {t}" for t in range(len(loaders)))
+        self._loaders = tuple(loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __getitem__(self, t: int) -> Delta:
+        return self._loaders[t]()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return (loader() for loader in self._loaders)
+
+    def dense(self, t: int) -> Tensor:
+        """Loads delta t as a dense tensor."""
+        delta = self[t]
+        return delta.dense() if isinstance(delta, LowRank) else delta
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every delta is a LowRank: the merge then stays factored."""
+        return all(rank is not None for rank in self.ranks)
+
+    def subset(self, indices: Sequence[int]) -> Tasks:
+        """Returns the tasks at the given positions."""
+        return Tasks(
+            self.shape,
+            [self._loaders[t] for t in indices],
+            [self.ranks[t] for t in indices],
+            [self.names[t] for t in indices],
+        )
+
+
+@dataclass
+class MergeRecord:
+    """What happened to one parameter.
+
+    Attributes:
+        method: name of the method.
+        options: the options it ran with, defaults filled in.
+        shape: of the parameter.
+        ranks: per task the directions kept; empty for methods that keep none apart.
+        rank: of the factored result, None for a dense one.
+        energy: per task Σ s² of the kept directions over ‖D_t‖²_F.
+        fallbacks: every place where a method took another road than the one asked for, and why.
+        notes: facts worth knowing (directions left out, power iterations, …).
+        scale: λ that was multiplied into the result.
+        alignment: a(D) after scaling, None where it was not computed.
+    """
+
+    method: str
+    options: dict[str, Any]
+    shape: tuple[int, ...]
+    ranks: list[int] = field(default_factory=list)
+    rank: int | None = None
+    energy: list[float] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    scale: float = 1.0
+    alignment: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record as plain data (JSON)."""
+        return asdict(self)
+
+
+@dataclass(eq=False)
+class Factors:
+    """Leading singular triplets per task, weights multiplied into the singular values, null directions left out.
+
+    Attributes:
+        u: per task (m, r_t). s: per task (r_t,). v: per task (n, r_t).
+        energy: per task the captured energy.
+        notes: how they were found.
+    """
+
+    u: list[Tensor]
+    s: list[Tensor]
+    v: list[Tensor]
+    energy: list[float]
+    notes: list[str]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Directions kept per task."""
+        return [len(s) for s in self.s]
+
+    def blocks(self) -> list[slice]:
+        """Returns each task's columns in the stacked bases."""
+        edges = [0]
+        for rank in self.ranks:
+            edges.append(edges[-1] + rank)
+        return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+@dataclass(eq=False)
+class MergedDelta:
+    """A merged update D, factored where the method keeps it so.
+
+    Attributes:
+        value: LowRank or dense tensor.
+        record: what happened.
+        factors: the task factors the method computed on its way, None if it needed none.
+    """
+
+    value: Delta
+    record: MergeRecord
+    factors: Factors | None = field(default=None, repr=False)
+
+    def dense(self) -> Tensor:
+        """Returns D as a dense tensor of the parameter's shape."""
+        return self.value.dense() if isinstance(self.value, LowRank) else self.value
+
+    def low_rank(self) -> LowRank | None:
+        """Returns D as a LowRank, or None where the method has no factored result."""
+        return self.value if isinstance(self.value, LowRank) else None
+
+    def scaled(self, factor: float) -> MergedDelta:
+        """Returns factor · D; the record's λ and alignment follow."""
+        value = self.value.scaled(factor) if isinstance(self.value, LowRank) else self.value * factor
+        alignment = None if self.record.alignment is None else self.record.alignment * factor
+        changes = {"scale": self.record.scale * factor, "alignment": alignment}
+        return MergedDelta(value, MergeRecord(**{**vars(self.record), **changes}), self.factors)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How λ is chosen: a raw value, or the data-free alignment target from which it follows. Exactly one is set."""
+
+    value: float | None = None
+    alignment: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.alignment is None):
+            raise ValueError("exactly one of value and alignment must be given")
+
+
+def kept_ranks(tasks: Tasks, rank: int | None = None) -> list[int]:
+    """Returns the directions to keep per task: ⌊p/T⌋ of a dense delta, an adapter's own rank; `rank` limits both."""
+    p = min(tasks.shape)
+    share = max(1, p // len(tasks))
+    return [min(rank or (own if own is not None else share), p if own is None else min(own, p)) for own in tasks.ranks]
+
+
+def factor_tasks(
+    tasks: Tasks, weights: Sequence[float], ranks: Sequence[int], svd: SVDMethod, svd_tolerance: float, seed: int
+) -> Factors:
+    """Computes the leading triplets of every task; an adapter's come exactly from its factors.
+
+    Directions at the level of rounding are left out: they are noise of the decomposition, not of the task.
+    """
+    factors = Factors([], [], [], [], [])
+    methods: set[str] = set()
+    iterations = 0
+    for t, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
+        delta = tasks[t]
+        if isinstance(delta, LowRank):
+            triplets = delta.svd()
+        else:
+            triplets = svd_truncated(delta, rank, svd, seed=seed, tolerance=svd_tolerance)
+            methods.add(triplets.method)
+            iterations = max(iterations, triplets.power_iterations)
+            if triplets.method == "randomized" and float(triplets.gain) > svd_tolerance:
+                factors.notes.append(
+                    f"{tasks.names[t]}: the last of {triplets.power_iterations} power iterations still gained "
+                    f"{float(triplets.gain):.1e} of energy (svd_tolerance {svd_tolerance:.1e})"
+                )
+        del delta
+        keep = min(rank, int(numerical_rank(triplets.s, max(tasks.shape))))
+        kept = triplets.truncated(keep)
+        factors.energy.append(float(kept.energy))
+        if keep < rank:
+            factors.notes.append(f"{tasks.names[t]}: only {keep} of {rank} directions stand above rounding")
+        factors.u.append(kept.u)
+        factors.s.append(kept.s * weight)
+        factors.v.append(kept.v)
+    if "randomized" in methods:
+        factors.notes.append(f"randomized SVD, at most {iterations} power iterations")
+    return factors
+
+
+def cover_space(bases: Sequence[Tensor], svd: SVDMethod, side: str, record: MergeRecord) -> Tensor:
+    """Computes polar([U_1 … U_T]), the orthonormal frame nearest to all task bases at once.
+
+    Directions that the stacked bases do not span (a task merged with itself, say) stay zero instead of being completed by
+    arbitrary ones, which would enter the merged update as noise.
+    """
+    found = polar(torch.cat(list(bases), dim=1), "exact" if svd == "exact" else "auto", complete=False)
+    if found.fallback is not None:
+        record.fallbacks.append(f"{side} cover space: {found.fallback}; exact form used")
+    full = min(found.q.shape)
+    if int(found.rank) < full:
+        record.notes.append(f"{side} cover space: the tasks span {int(found.rank)} of {full} directions")
+    return found.q
+
+
+def sum_tasks(tasks: Tasks, weights: Sequence[float]) -> Delta:
+    """Computes Σ_t w_t D_t: a LowRank when every delta is one, else dense, one delta in memory at a time."""
+    if tasks.low_rank:
+        return LowRank.sum([_low_rank(delta).scaled(w) for delta, w in zip(tasks, weights, strict=True)])
+    total: Tensor | None = None
+    for t, weight in enumerate(weights):
+        delta = tasks.dense(t)
+        total = delta * weight if total is None else total.add_(delta, alpha=weight)
+        del delta
+    assert total is not None  # Tasks are never empty: checked by merge_tasks
+    return total
+
+
+def _low_rank(delta: Delta) -> LowRank:
+    if not isinstance(delta, LowRank):
+        raise TypeError("a task announced as low-rank loaded as a dense tensor")
+    return delta
+
+
+def empty_result(tasks: Tasks, record: MergeRecord, factors: Factors) -> MergedDelta:
+    """Returns the zero update of a parameter that no task changes."""
+    sample = factors.u[0]
+    record.rank = 0
+    record.notes.append("no task changes this parameter")
+    m, n = tasks.shape
+    return MergedDelta(LowRank(sample.new_zeros(m, 0), None, sample.new_zeros(n, 0)), record, factors)
+
+
+def svd_flops(m: int, n: int, rank: int, svd: SVDMethod) -> float:
+    """Estimates the FLOPs of one truncated SVD: about 14 m n p exact, four GEMM passes of width r + 16 randomized."""
+    p = min(m, n)
+    if svd == "exact" or p <= 1024 or rank + 16 > 0.6 * p:
+        return 14.0 * m * n * p
+    return 12.0 * m * n * (rank + 16)

@@ -1,0 +1,214 @@
+"""The table of methods: names, options with their ranges, cost estimates and default scales.
+
+Another package adds a method by an entry point of the group `dirmerge.methods`: a module or object whose import calls `register`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import pydantic
+
+from dirmerge.methods.common import MergedDelta, Scale, Tasks, kept_ranks, svd_flops
+
+METHODS: dict[str, Method] = {}
+
+# What the caller passes apart from the method's own options.
+_CALL_ARGUMENTS = ("tasks", "weights", "seed")
+
+MethodFunction = Callable[..., MergedDelta]
+OptionCheck = Callable[[Mapping[str, Any], bool], None]
+CostEstimate = Callable[[tuple[int, ...], list[int | None], Mapping[str, Any]], tuple[float, int, int | None]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One merge method.
+
+    Attributes:
+        name: as in recipes.
+        function: (tasks, weights, *, seed, **options) -> MergedDelta, pure.
+        summary: one line for tables.
+        elementwise: whether it works on tensors of any shape; the others need matrices.
+        scale: default of λ for full fine-tunes.
+        adapter_scale: default of λ for adapters.
+        negative_weights: whether a weight below 0 has a meaning.
+        check: raises ValueError for options that make no sense together.
+        estimate: cost from shapes alone.
+    """
+
+    name: str
+    function: MethodFunction
+    summary: str
+    elementwise: bool
+    scale: Scale
+    adapter_scale: Scale
+    negative_weights: bool
+    check: OptionCheck | None
+    estimate: CostEstimate | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option names with their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.name not in _CALL_ARGUMENTS}
+
+    def default_scale(self, adapters: bool) -> Scale:
+        """Returns how λ is chosen when the user says nothing."""
+        return self.adapter_scale if adapters else self.scale
+
+    def validate(self, options: Mapping[str, Any], *, adapters: bool) -> dict[str, Any]:
+        """Checks option names, types, ranges and combinations.
+
+        Args:
+            options: what the user gave.
+            adapters: whether all deltas are adapters, which some defaults follow.
+
+        Returns:
+            The options as given, converted to their types.
+
+        Raises:
+            ValueError: naming every wrong option, with a suggestion for a misspelt name.
+        """
+        known = self.options
+        problems = []
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                listed = ", ".join(known) or "none"
+                problems.append(f"{self.name} has no option {name!r}{hint}; its options: {listed}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        try:
+            model = _options_model(self.name)(**options)
+        except pydantic.ValidationError as error:
+            sentences = [
+                f"{self.name}: option {'.'.join(str(part) for part in e['loc'][:1])!r}: {e['msg']}, got {e['input']!r}"
+                for e in error.errors()
+            ]
+            raise ValueError("; ".join(dict.fromkeys(sentences))) from None
+        checked = {name: getattr(model, name) for name in options}
+        if self.check is not None:
+            self.check(checked, adapters)
+        return checked
+
+    def check_weights(self, weights: list[float]) -> None:
+        """Raises ValueError for weights that have no meaning for this method."""
+        if not self.negative_weights and any(w < 0 for w in weights):
+            raise ValueError(f"weights must not be negative for {self.name}, got {weights}")
+        if all(w == 0 for w in weights):
+            raise ValueError("weights must not all be 0: nothing would be merged")
+        if self.name == "average" and sum(weights) == 0:
+            raise ValueError("weights of an average must not sum to 0")
+
+    def cost(
+        self, shape: tuple[int, ...], n_tasks: int, ranks: list[int | None], options: Mapping[str, Any]
+    ) -> tuple[float, int, int | None]:
+        """Estimates (FLOPs, peak bytes, rank of the result or None) from shapes alone."""
+        if len(ranks) != n_tasks:
+            raise ValueError(f"ranks must have one entry per task, got {len(ranks)} for {n_tasks} tasks")
+        estimate = self.estimate or (elementwise_cost if self.elementwise else spectral_cost)
+        return estimate(shape, ranks, options)
+
+
+def register(
+    summary: str,
+    *,
+    scale: Scale,
+    adapter_scale: Scale | None = None,
+    elementwise: bool = False,
+    negative_weights: bool = False,
+    check: OptionCheck | None = None,
+    estimate: CostEstimate | None = None,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Makes a function a method under its own name; see `Method` for the arguments.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+
+    def add(function: MethodFunction) -> MethodFunction:
+        name = function.__name__
+        if name in METHODS:
+            raise ValueError(f"a method named {name!r} is registered already")
+        METHODS[name] = Method(
+            name, function, summary, elementwise, scale, adapter_scale or scale, negative_weights, check, estimate
+        )
+        return function
+
+    return add
+
+
+def get_method(name: str) -> Method:
+    """Returns the method of that name, loading the entry points of other packages when it is not one of ours.
+
+    Raises:
+        ValueError: for an unknown name, with the names there are.
+    """
+    if name not in METHODS:
+        _load_entry_points()
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown method {name!r}{hint}; known methods: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+@lru_cache(maxsize=1)
+def _load_entry_points() -> None:
+    for entry in entry_points(group="dirmerge.methods"):
+        entry.load()
+
+
+@lru_cache(maxsize=None)
+def _options_model(name: str) -> type[pydantic.BaseModel]:
+    """A pydantic model of the method's keyword options, from its signature."""
+    method = METHODS[name]
+    hints = typing.get_type_hints(method.function, include_extras=True)
+    fields: dict[str, Any] = {option: (hints[option], default) for option, default in method.options.items()}
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    return pydantic.create_model(f"{name}_options", __config__=config, **fields)
+
+
+def elementwise_cost(
+    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
+) -> tuple[float, int, int | None]:
+    """A few passes over T tensors; sums keep one delta and the total, adapters stay factored."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    if len(shape) == 2 and ranks and all(rank is not None for rank in ranks) and "density" not in options:
+        total = sum(rank or 0 for rank in ranks)
+        return 2.0 * total * sum(shape), 8 * total * sum(shape), total
+    return 4.0 * len(ranks) * size, 4 * (len(ranks) + 3) * size, None
+
+
+def spectral_cost(
+    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
+) -> tuple[float, int, int | None]:
+    """One truncated SVD per task (thin QRs for adapters), two polar factors and T small coordinate matrices."""
+    m, n = shape[-2:]
+    kept = kept_ranks(Tasks((m, n), [_no_delta] * len(ranks), ranks), options.get("rank"))
+    k = sum(kept)
+    flops = float(2 * (m + n) * k * k)
+    peak = 4 * (3 * (m + n) * k + 3 * k * k)
+    for own, rank in zip(ranks, kept, strict=True):
+        flops += 2.0 * k * k * rank
+        if own is None:
+            flops += svd_flops(m, n, rank, options.get("svd", "auto"))
+            peak = max(peak, 4 * (4 * m * n + (m + n) * k))
+        else:
+            flops += 4.0 * (m + n) * own * own
+    return flops, peak, k
+
+
+def _no_delta() -> typing.NoReturn:
+    raise AssertionError("an estimate must not load a delta")
