@@ -1,0 +1,187 @@
+"""Which implementation an op runs: the table behind dirmerge.ops, and the way to force one.
+
+Every op has a torch implementation, right on every device and for every floating dtype. Faster ones are
+listed here with the devices and dtypes they take, and the first of PREFERENCE that takes the input runs.
+`with backend("native"):` forces one; where it is missing the op raises and says why.
+
+Environment variables, all of them read at installation and none at run time:
+
+| variable | values | meaning |
+|---|---|---|
+| DIRMERGE_NATIVE | auto (default), require, off | build the C++ library if possible, or fail, or do not build |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+PREFERENCE = ("native", "torch")
+"""The order in which `auto` looks for an implementation."""
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The dtypes that every op takes."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one op, and the inputs it takes; None means any."""
+
+    function: Callable[..., Any]
+    devices: frozenset[str] | None
+    dtypes: frozenset[torch.dtype] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `dirmerge doctor`: what an op runs for a device and dtype, and why nothing faster."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    implementation: str
+    reason: str
+
+
+_implementations: dict[tuple[str, str], Implementation] = {}
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("dirmerge_backend", default="auto")
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("dirmerge._C") is None:
+        return None, (
+            "the native library is not built: install a C++17 compiler, then reinstall dirmerge with "
+            "DIRMERGE_NATIVE=require to see what is missing"
+        )
+    try:
+        from dirmerge import _C
+    except ImportError as error:
+        return None, f"the native library does not load, reinstall dirmerge: {error}"
+    return _C, ""
+
+
+_native, _native_missing = _load_native()
+
+
+def native() -> ModuleType | None:
+    """Returns the native library dirmerge._C, or None where it is not built."""
+    return _native
+
+
+def native_build_info() -> dict[str, str] | str:
+    """Returns compiler, flags, version and instruction set of dirmerge._C, or why it is missing."""
+    if _native is None:
+        return _native_missing
+    info: dict[str, str] = _native.build_info()
+    return info
+
+
+def implements(
+    op: str,
+    backend: str,
+    *,
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> Callable[[F], F]:
+    """Enters the decorated function into the table as the implementation of op under backend.
+
+    Args:
+        op: name of the op.
+        backend: one of PREFERENCE.
+        devices: device types it takes; None for any.
+        dtypes: dtypes it takes; None for any floating dtype.
+
+    Returns:
+        A decorator that returns its function unchanged.
+    """
+
+    def register(function: F) -> F:
+        _implementations[op, backend] = Implementation(
+            function,
+            None if devices is None else frozenset(devices),
+            None if dtypes is None else frozenset(dtypes),
+        )
+        return function
+
+    return register
+
+
+def _why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str:
+    """The reason why op cannot run under the named backend; empty if it can."""
+    found = _implementations.get((op, name))
+    if found is None:
+        return f"{op} has no {name} kernel"
+    if found.devices is not None and device not in found.devices:
+        return f"the {name} kernel of {op} runs on {', '.join(sorted(found.devices))}, not on {device}"
+    if found.dtypes is not None and dtype not in found.dtypes:
+        taken = ", ".join(sorted(str(d).removeprefix("torch.") for d in found.dtypes))
+        return f"the {name} kernel of {op} takes {taken}, not {str(dtype).removeprefix('torch.')}"
+    if name == "native" and _native is None:
+        return _native_missing
+    return ""
+
+
+@functools.cache
+def _select(op: str, forced: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
+    for name in PREFERENCE if forced == "auto" else (forced,):
+        reason = _why_not(op, name, device, dtype)
+        if not reason:
+            return _implementations[op, name].function
+    raise RuntimeError(f'backend("{forced}") was asked for, but {reason}')
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """Returns the implementation of op for a device and dtype under the backend in force.
+
+    Raises:
+        RuntimeError: a backend is forced that does not have the op for this device and dtype.
+    """
+    return _select(op, _forced.get(), device.type, dtype)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs every op of the block under one backend: "auto", "torch" or "native".
+
+    A forced backend never falls back: an op that it lacks raises RuntimeError with the reason. The choice
+    holds for the current thread or asyncio task.
+
+    Raises:
+        ValueError: name is unknown.
+    """
+    if name not in ("auto", *PREFERENCE):
+        raise ValueError(f"backend must be one of {', '.join(('auto', *PREFERENCE))}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def table() -> list[Row]:
+    """Returns what every op runs under "auto", for each device of this machine and each dtype."""
+    import dirmerge.ops  # noqa: F401  its modules fill the table
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for op in sorted({op for op, _ in _implementations}):
+        for device in devices:
+            for dtype in FLOATING:
+                reasons: list[str] = []
+                for name in PREFERENCE:
+                    reason = _why_not(op, name, device, dtype)
+                    if not reason:
+                        rows.append(Row(op, device, dtype, name, "; ".join(reasons)))
+                        break
+                    reasons.append(reason)
+    return rows

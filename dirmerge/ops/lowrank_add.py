@@ -1,0 +1,97 @@
+"""lowrank_add: a low-rank update added to a weight and rounded to the dtype it is stored in."""
+
+from __future__ import annotations
+
+import torch
+
+from dirmerge.backends import FLOATING, implements
+from dirmerge.ops._registration import check_floating, compute_dtype, register
+
+
+def _check(
+    base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype | None
+) -> None:
+    check_floating("lowrank_add", base=base, left=left, right=right)
+    if base.dim() != 2 or left.dim() != 2 or right.dim() != 2:
+        raise ValueError(
+            "lowrank_add: base, left and right must be matrices, got shapes "
+            f"{tuple(base.shape)}, {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    m, n = base.shape
+    if left.shape[0] != m or right.shape[0] != n or left.shape[1] != right.shape[1]:
+        raise ValueError(
+            f"lowrank_add: left must have shape ({m}, k) and right ({n}, k) for base ({m}, {n}), got "
+            f"{tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    if out_dtype is not None and out_dtype not in FLOATING:
+        raise TypeError(
+            f"lowrank_add: out_dtype must be bfloat16, float16, float32 or float64, got {out_dtype}"
+        )
+
+
+def _fake(
+    base: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _check(base, left, right, out_dtype)
+    return base.new_empty(base.shape, dtype=out_dtype or base.dtype)
+
+
+_op = register(
+    "lowrank_add",
+    "(Tensor base, Tensor left, Tensor right, *, float scale=1.0, ScalarType? out_dtype=None) -> Tensor",
+    fake=_fake,
+)
+
+
+@implements("lowrank_add", "torch")
+def _lowrank_add_torch(
+    base: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    dtype = compute_dtype(base)
+    updated = torch.addmm(base.to(dtype), left.to(dtype), right.to(dtype).mT, alpha=scale)
+    return updated.to(out_dtype or base.dtype)
+
+
+def lowrank_add(
+    base: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Computes W = base + scale · left rightᵀ in one dtype and rounds once to another.
+
+    Args:
+        base: (m, n), any floating dtype.
+        left: (m, k), any floating dtype.
+        right: (n, k), any floating dtype.
+        scale: factor λ of the update.
+        out_dtype: dtype of the result; that of base by default.
+
+    Returns:
+        (m, n), contiguous, of out_dtype.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or out_dtype is not a floating dtype.
+        ValueError: shapes or devices do not fit.
+
+    Accuracy:
+        Float32 arithmetic (float64 if base is), then one rounding to the nearest, ties to even.
+
+    Differentiable:
+        No: backward raises NotImplementedError.
+    """
+    _check(base, left, right, out_dtype)
+    result: torch.Tensor = _op(base, left, right, scale=scale, out_dtype=out_dtype)
+    return result
