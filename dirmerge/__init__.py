@@ -1,3 +1,9 @@
-"""Merging of fine-tuned models by their directions."""
+"""Merging of fine-tuned models by their directions: DC-Merge, MDA and the methods they are compared with."""
+
+from dirmerge.backends import backend
+from dirmerge.lowrank import LowRank
+from dirmerge.methods import MergedDelta, merge_deltas
 
 __version__ = "0.1.0"
+
+__all__ = ["LowRank", "MergedDelta", "__version__", "backend", "merge_deltas"]

@@ -1,7 +1,8 @@
 """Linear algebra of directional merging: truncated SVD, polar factor, Procrustes rotation, simplex ETF.
 
-Everything is batched over leading dimensions, works in float32 (float64 for float64 inputs) and never changes its inputs.
-GEMM, QR, SVD and eigh are torch's (MKL, cuBLAS, cuSOLVER); what those libraries lack is in `dirmerge.ops`.
+Everything is batched over leading dimensions, works in float32 (float64 for float64 inputs) and never
+changes its inputs. GEMM, QR, SVD and eigh are torch's (MKL, cuBLAS, cuSOLVER); what those libraries lack is
+in `dirmerge.ops`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ __all__ = [
 
 SVDMethod = Literal["auto", "exact", "randomized"]
 
-# Up to this min(m, n) an exact SVD costs less than a second on two cores, so "auto" has no reason to approximate.
+# Up to this min(m, n) an exact SVD costs less than a second on two cores, so "auto" has no reason to
+# approximate.
 EXACT_UP_TO = 1024
 OVERSAMPLING = 16
-# Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are enough.
+# Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
+# enough.
 MAX_POWER_ITERATIONS = 8
-# Relative singular value (float32 input) above which the Gram matrix in float64 gives the polar factor to float32 accuracy.
+# Relative singular value (float32 input) above which the Gram matrix in float64 gives the polar factor to
+# float32 accuracy.
 GRAM_CONDITION = 1e-5
 
 
@@ -63,14 +67,15 @@ def _finite(x: Tensor, name: str = "x") -> Tensor:
 def seed_for(name: str, seed: int = 0) -> int:
     """Returns the fixed seed of a parameter: the first 63 bits of SHA-256(seed, name).
 
-    A result that depends on nothing but its own name and the recipe's seed is the same for any order, worker or device count.
+    A result that depends on nothing but its own name and the recipe's seed is the same for any order, worker
+    or device count.
     """
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def numerical_rank(s: Tensor, size: int) -> Tensor:
-    """Returns how many of the descending singular values s (..., k) stand above rounding: s_i > ε √size · s_1.
+    """Returns how many of the descending singular values stand above rounding: s_i > ε √size · s_1.
 
     Args:
         s: (..., k) singular values, descending.
@@ -96,8 +101,9 @@ class TruncatedSVD:
         total: (...,) float64, ‖a‖²_F.
         method: "exact" or "randomized".
         power_iterations: of the randomized form; 0 for the exact one.
-        gain: (...,) float64, the relative energy that the last power iteration added: what is still missing to the best
-            possible energy at this rank is of this size or below. 0 for the exact form, 1 where no iteration was made.
+        gain: (...,) float64, the relative energy that the last power iteration added: what is still missing
+            to the best possible energy at this rank is of this size or below. 0 for the exact form, 1 where
+            no iteration was made.
     """
 
     u: Tensor
@@ -147,15 +153,17 @@ def svd_truncated(
 ) -> TruncatedSVD:
     """Computes the leading singular triplets a ≈ u diag(s) vᵀ of every matrix of a batch.
 
-    Exact: LAPACK's divide and conquer. Randomized: Gaussian sketch, power iterations re-orthogonalised by Householder QR, SVD of
-    the projected matrix.
+    Exact: LAPACK's divide and conquer. Randomized: Gaussian sketch, power iterations re-orthogonalised by
+    Householder QR, SVD of the projected matrix.
 
     Args:
         a: (..., m, n) floating point; bf16 and fp16 are computed in float32.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
-        method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to min(m, n).
+        method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to
+            min(m, n).
         seed: of the sketch; equal seeds give equal results.
-        power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at least one, at most 8).
+        power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
+            least one, at most 8).
         tolerance: relative energy that the last power iteration may still gain.
 
     Returns:
@@ -165,7 +173,8 @@ def svd_truncated(
         ValueError: for wrong shapes or values, NaN or Inf.
 
     Accuracy:
-        Exact: that of LAPACK in the arithmetic's dtype. Randomized: `energy` and `residual` are measured, not estimated.
+        Exact: that of LAPACK in the arithmetic's dtype. Randomized: `energy` and `residual` are measured,
+        not estimated.
 
     Source:
         Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1.
@@ -191,14 +200,21 @@ def svd_truncated(
         svd = TruncatedSVD(u, s, vh.mT, total, "exact", 0, torch.zeros_like(total)).truncated(rank)
         # A view would keep the full factors alive, which are T times larger.
         return TruncatedSVD(
-            svd.u.contiguous(), svd.s.contiguous(), svd.v.contiguous(), total, "exact", 0, torch.zeros_like(total)
+            svd.u.contiguous(),
+            svd.s.contiguous(),
+            svd.v.contiguous(),
+            total,
+            "exact",
+            0,
+            torch.zeros_like(total),
         )
     return _svd_randomized(a, rank, total, seed, power_iterations, tolerance)
 
 
 def _energy(a: Tensor) -> Tensor:
-    """‖a‖²_F in float64 without a float64 copy of a: row norms in the arithmetic's dtype, summed in float64."""
-    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
+    """‖a‖²_F without a float64 copy of a: row norms in the arithmetic's dtype, summed in float64."""
+    norms: Tensor = torch.linalg.vector_norm(a, dim=-1)
+    return norms.double().square().sum(-1)
 
 
 def _svd_randomized(
@@ -259,18 +275,19 @@ def polar(
     max_steps: int = 24,
     complete: bool = True,
 ) -> Polar:
-    """Computes the orthogonal polar factor polar(x) = P Qᵀ of the thin SVD x = P Σ Qᵀ: the nearest matrix with orthonormal columns.
+    """Computes the orthogonal polar factor P Qᵀ of x = P Σ Qᵀ: the nearest matrix with orthonormal columns.
 
-    Exact: for tall float32 inputs x G^(−1/2) from the float64 eigendecomposition of G = xᵀx where x is well conditioned, else the SVD.
-    Newton–Schulz: minimax quintic steps, then the quintic Newton–Schulz polynomial (GEMM only).
+    Exact: for tall float32 inputs x G^(−1/2) from the float64 eigendecomposition of G = xᵀx where x is well
+    conditioned, else the SVD. Newton–Schulz: minimax quintic steps, then the quintic Newton–Schulz
+    polynomial (GEMM only).
 
     Args:
         x: (..., m, k) floating point; for m < k the transposed problem is solved.
         method: "exact", "newton_schulz", or "auto": exact up to min(m, k) = 1024, Newton–Schulz above.
         tolerance: of ‖qᵀq − I‖_F / √k for Newton–Schulz; default 1e-5 (float32), 1e-12 (float64).
         max_steps: of Newton–Schulz before it gives way to the exact form.
-        complete: whether directions outside the numerical range of x are completed to orthonormal ones (arbitrary but
-            orthonormal); if not, they stay zero and q is the canonical partial isometry.
+        complete: whether directions outside the numerical range of x are completed to orthonormal ones
+            (arbitrary but orthonormal); if not, they stay zero and q is the canonical partial isometry.
 
     Returns:
         Polar; `fallback` says so when Newton–Schulz did not converge and the exact form was used.
@@ -279,10 +296,12 @@ def polar(
         ValueError: for wrong shapes or values, NaN or Inf.
 
     Accuracy:
-        Exact: 1e-6 relative in float32 for singular-value ratios above 1e-5, LAPACK's below. Newton–Schulz: `tolerance`, measured.
+        Exact: 1e-6 relative in float32 for singular-value ratios above 1e-5, LAPACK's below. Newton–Schulz:
+        `tolerance`, measured.
 
     Source:
-        Higham, Functions of Matrices (2008), ch. 8; minimax steps: Amsel et al., The Polar Express, arXiv 2505.16932, theorem 3.1.
+        Higham, Functions of Matrices (2008), ch. 8; minimax steps: Amsel et al., The Polar Express, arXiv
+        2505.16932, theorem 3.1.
     """
     if method not in ("auto", "exact", "newton_schulz"):
         raise ValueError(f"method must be 'auto', 'exact' or 'newton_schulz', got {method!r}")
@@ -316,7 +335,8 @@ def _orthogonality(q: Tensor) -> Tensor:
     k = q.shape[-1]
     gram = (q.mT @ q).double()
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return torch.linalg.matrix_norm(gram) / math.sqrt(k)
+    norm: Tensor = torch.linalg.matrix_norm(gram)
+    return norm / math.sqrt(k)
 
 
 def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
@@ -341,7 +361,7 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
 
 @lru_cache(maxsize=64)
 def _minimax_quintic(lower: float) -> tuple[float, float, float, float]:
-    """Returns a, b, c and E of the odd quintic a x + b x³ + c x⁵ that is nearest to 1 on [lower, 1] in the maximum norm, by Remez."""
+    """Returns a, b, c, E: a x + b x³ + c x⁵ has the least error E against 1 on [lower, 1] (Remez)."""
     lo, hi = lower, 1.0
     q, r = lo + (hi - lo) / 3, lo + 2 * (hi - lo) / 3
     a = b = c = error = 0.0
@@ -367,7 +387,8 @@ def _newton_schulz_coefficients(lower: float = 1e-3) -> list[tuple[float, float,
     while lower < 0.7:
         a, b, c, error = _minimax_quintic(lower)
         steps.append((a * scale, b * scale**3, c * scale**5))
-        # The step maps onto [1 − E, 1 + E]; the next one is written for [·, 1], so it takes the division by 1 + E with it.
+        # The step maps onto [1 − E, 1 + E]; the next one is written for [·, 1], so it takes the division by
+        # 1 + E with it.
         scale = 1 / (1 + error)
         lower = (1 - error) / (1 + error)
     return steps
@@ -400,7 +421,9 @@ def _newton_schulz(x: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor,
 
 
 def procrustes(a: Tensor, b: Tensor, *, special: bool = True) -> Tensor:
-    """Computes the rotation R = argmin ‖a R − b‖_F over SO(d) (or O(d)): R = U diag(1, …, 1, det(U Vᵀ)) Vᵀ from the SVD of aᵀb.
+    """Computes the rotation R = argmin ‖a R − b‖_F over SO(d), or over O(d).
+
+    R = U diag(1, …, 1, det(U Vᵀ)) Vᵀ from the SVD of aᵀb.
 
     Args:
         a: (..., n, d) points.
@@ -426,18 +449,27 @@ def procrustes(a: Tensor, b: Tensor, *, special: bool = True) -> Tensor:
     if special:
         sign = torch.linalg.det(u @ vh).sign()
         u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
-    return (u @ vh).to(torch.promote_types(a.dtype, b.dtype))
+    rotation: Tensor = u @ vh
+    return rotation.to(torch.promote_types(a.dtype, b.dtype))
 
 
 def simplex_etf(
-    k: int, d: int, *, frame: Tensor | None = None, seed: int | None = None, dtype: torch.dtype = torch.float32
+    k: int,
+    d: int,
+    *,
+    frame: Tensor | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Builds a simplex equiangular tight frame M = √(k/(k−1)) Q (I − 11ᵀ/k): k unit vectors of R^d with mutual cosine −1/(k−1).
+    """Builds a simplex equiangular tight frame M = √(k/(k−1)) Q (I − 11ᵀ/k).
+
+    Its columns are k unit vectors of R^d with mutual cosine −1/(k−1).
 
     Args:
         k: number of vertices, at least 2.
         d: dimension, at least k − 1 (and at least k when a frame is given).
-        frame: (d, k) orthonormal columns Q; default the canonical axes, or a Haar-random frame when `seed` is given.
+        frame: (d, k) orthonormal columns Q; default the canonical axes, or a Haar-random frame when `seed`
+            is given.
         seed: of the random frame.
         dtype: float32 or float64.
 
@@ -453,7 +485,9 @@ def simplex_etf(
     if k < 2:
         raise ValueError(f"k must be at least 2, got {k}")
     if k > d + 1:
-        raise ValueError(f"no simplex ETF of k = {k} vertices exists in R^{d}: k must be at most d + 1 = {d + 1}")
+        raise ValueError(
+            f"no simplex ETF of k = {k} vertices exists in R^{d}: k must be at most d + 1 = {d + 1}"
+        )
     centred = torch.eye(k, dtype=torch.float64) - 1.0 / k
     centred *= math.sqrt(k / (k - 1))
     if frame is not None:
@@ -466,7 +500,7 @@ def simplex_etf(
         return (frame.double() @ centred).to(dtype)
     # k vertices span k − 1 dimensions: coordinates on an orthonormal basis of 1⊥ serve every d ≥ k − 1.
     basis = torch.linalg.qr(centred[:, : k - 1]).Q
-    coordinates = basis.T @ centred
+    coordinates: Tensor = basis.T @ centred
     if seed is None:
         if d >= k:
             return torch.cat([centred, centred.new_zeros(d - k, k)]).to(dtype)
@@ -475,7 +509,8 @@ def simplex_etf(
     gaussian = torch.randn(d, k - 1, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     # The sign of R's diagonal makes Q Haar-distributed (Mezzadri, Notices AMS 54, 2007).
-    return ((q * r.diagonal().sign()) @ coordinates).to(dtype)
+    vertices: Tensor = (q * r.diagonal().sign()) @ coordinates
+    return vertices.to(dtype)
 
 
 def etf_gap(vectors: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class LowRank:
         k = self.left.shape[1]
         if self.right.shape[1] != k:
             raise ValueError(
-                f"left and right must have the same number of columns, got {tuple(self.left.shape)} and {tuple(self.right.shape)}"
+                f"left and right must have the same number of columns, got shapes {tuple(self.left.shape)} "
+                f"and {tuple(self.right.shape)}"
             )
         if self.core is not None and self.core.shape != (k, k):
             raise ValueError(f"core must have shape ({k}, {k}), got {tuple(self.core.shape)}")
@@ -97,7 +99,7 @@ class LowRank:
         return LowRank(self.left, self.core * factor, self.right)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Returns (left', right') with left' right'ᵀ the product, the core multiplied into the shorter side."""
+        """Returns (left', right') with left' right'ᵀ the product: the core goes into the shorter side."""
         if self.core is None:
             return self.left, self.right
         if self.left.shape[0] <= self.right.shape[0]:
@@ -120,7 +122,7 @@ class LowRank:
 
     def norm(self) -> float:
         """Computes ‖self‖_F without the product (to 1e-8 ‖left‖ ‖right‖, float64 Gram matrices)."""
-        return max(self.inner(self), 0.0) ** 0.5
+        return math.sqrt(max(self.inner(self), 0.0))
 
     @staticmethod
     def sum(terms: Sequence[LowRank]) -> LowRank:
@@ -134,13 +136,16 @@ class LowRank:
         if len(terms) == 1:
             return terms[0]
         pairs = [term.folded() for term in terms]
-        return LowRank(torch.cat([left for left, _ in pairs], 1), None, torch.cat([right for _, right in pairs], 1))
+        return LowRank(
+            torch.cat([left for left, _ in pairs], 1), None, torch.cat([right for _, right in pairs], 1)
+        )
 
     def svd(self) -> TruncatedSVD:
         """Computes the exact SVD in O((m + n) k²): thin QRs of both sides and the SVD of the small core.
 
         Returns:
-            TruncatedSVD of rank min(k, m, n) (null directions included, with singular value 0 up to rounding).
+            TruncatedSVD of rank min(k, m, n) (null directions included, with singular value 0 up to
+            rounding).
 
         Source:
             algorithm: with left = Q_l R_l, right = Q_r R_r, the SVD of R_l core R_rᵀ.
@@ -154,7 +159,13 @@ class LowRank:
         u, s, vh = torch.linalg.svd(middle.double(), full_matrices=False)
         total = s.square().sum()
         return TruncatedSVD(
-            ql @ u.to(work), s.to(work), qr @ vh.mT.to(work), total, "exact", 0, torch.zeros((), dtype=torch.float64)
+            ql @ u.to(work),
+            s.to(work),
+            qr @ vh.mT.to(work),
+            total,
+            "exact",
+            0,
+            torch.zeros((), dtype=torch.float64),
         )
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:

@@ -1,7 +1,8 @@
-"""What every method works with: lazy task deltas in, a merged delta with its record out, and the factors of the tasks."""
+"""What every method works with: lazy task deltas, their factors, and the merged delta with its record."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ Delta = Tensor | LowRank
 class Tasks:
     """The deltas D_1 … D_T of one parameter, loaded one at a time.
 
-    A method iterates as often as it needs and keeps what it must; a loader that reads from disk thereby bounds memory.
+    A method iterates as often as it needs and keeps what it must; a loader that reads from disk thereby
+    bounds memory.
 
     Args:
         shape: of every delta; (m, n) for the spectral methods.
@@ -105,7 +107,7 @@ class MergeRecord:
 
 @dataclass(eq=False)
 class Factors:
-    """Leading singular triplets per task, weights multiplied into the singular values, null directions left out.
+    """Leading singular triplets per task, weights multiplied into s, null directions left out.
 
     Attributes:
         u: per task (m, r_t). s: per task (r_t,). v: per task (n, r_t).
@@ -129,7 +131,7 @@ class Factors:
         edges = [0]
         for rank in self.ranks:
             edges.append(edges[-1] + rank)
-        return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 @dataclass(eq=False)
@@ -164,7 +166,7 @@ class MergedDelta:
 
 @dataclass(frozen=True)
 class Scale:
-    """How λ is chosen: a raw value, or the data-free alignment target from which it follows. Exactly one is set."""
+    """How λ is chosen: a raw value, or the data-free alignment target from which it follows; one is set."""
 
     value: float | None = None
     alignment: float | None = None
@@ -175,14 +177,22 @@ class Scale:
 
 
 def kept_ranks(tasks: Tasks, rank: int | None = None) -> list[int]:
-    """Returns the directions to keep per task: ⌊p/T⌋ of a dense delta, an adapter's own rank; `rank` limits both."""
+    """Returns the directions to keep: ⌊p/T⌋ of a dense delta, an adapter's own rank; `rank` limits both."""
     p = min(tasks.shape)
     share = max(1, p // len(tasks))
-    return [min(rank or (own if own is not None else share), p if own is None else min(own, p)) for own in tasks.ranks]
+    return [
+        min(rank or (own if own is not None else share), p if own is None else min(own, p))
+        for own in tasks.ranks
+    ]
 
 
 def factor_tasks(
-    tasks: Tasks, weights: Sequence[float], ranks: Sequence[int], svd: SVDMethod, svd_tolerance: float, seed: int
+    tasks: Tasks,
+    weights: Sequence[float],
+    ranks: Sequence[int],
+    svd: SVDMethod,
+    svd_tolerance: float,
+    seed: int,
 ) -> Factors:
     """Computes the leading triplets of every task; an adapter's come exactly from its factors.
 
@@ -221,8 +231,8 @@ def factor_tasks(
 def cover_space(bases: Sequence[Tensor], svd: SVDMethod, side: str, record: MergeRecord) -> Tensor:
     """Computes polar([U_1 … U_T]), the orthonormal frame nearest to all task bases at once.
 
-    Directions that the stacked bases do not span (a task merged with itself, say) stay zero instead of being completed by
-    arbitrary ones, which would enter the merged update as noise.
+    Directions that the stacked bases do not span (a task merged with itself, say) stay zero instead of being
+    completed by arbitrary ones, which would enter the merged update as noise.
     """
     found = polar(torch.cat(list(bases), dim=1), "exact" if svd == "exact" else "auto", complete=False)
     if found.fallback is not None:
@@ -234,7 +244,7 @@ def cover_space(bases: Sequence[Tensor], svd: SVDMethod, side: str, record: Merg
 
 
 def sum_tasks(tasks: Tasks, weights: Sequence[float]) -> Delta:
-    """Computes Σ_t w_t D_t: a LowRank when every delta is one, else dense, one delta in memory at a time."""
+    """Computes Σ_t w_t D_t: a LowRank when every delta is one, else dense with one delta in memory."""
     if tasks.low_rank:
         return LowRank.sum([_low_rank(delta).scaled(w) for delta, w in zip(tasks, weights, strict=True)])
     total: Tensor | None = None
@@ -262,7 +272,7 @@ def empty_result(tasks: Tasks, record: MergeRecord, factors: Factors) -> MergedD
 
 
 def svd_flops(m: int, n: int, rank: int, svd: SVDMethod) -> float:
-    """Estimates the FLOPs of one truncated SVD: about 14 m n p exact, four GEMM passes of width r + 16 randomized."""
+    """Estimates the FLOPs of a truncated SVD: 14 m n p exact, six passes of width r + 16 randomized."""
     p = min(m, n)
     if svd == "exact" or p <= 1024 or rank + 16 > 0.6 * p:
         return 14.0 * m * n * p

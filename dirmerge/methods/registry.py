@@ -1,6 +1,7 @@
 """The table of methods: names, options with their ranges, cost estimates and default scales.
 
-Another package adds a method by an entry point of the group `dirmerge.methods`: a module or object whose import calls `register`.
+Another package adds a method by an entry point of the group `dirmerge.methods`: a module or object whose
+import calls `register`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -91,8 +92,7 @@ class Method:
             model = _options_model(self.name)(**options)
         except pydantic.ValidationError as error:
             sentences = [
-                f"{self.name}: option {'.'.join(str(part) for part in e['loc'][:1])!r}: {e['msg']}, got {e['input']!r}"
-                for e in error.errors()
+                f"{self.name}: option {e['loc'][0]!r}: {e['msg']}, got {e['input']!r}" for e in error.errors()
             ]
             raise ValueError("; ".join(dict.fromkeys(sentences))) from None
         checked = {name: getattr(model, name) for name in options}
@@ -140,7 +140,15 @@ def register(
         if name in METHODS:
             raise ValueError(f"a method named {name!r} is registered already")
         METHODS[name] = Method(
-            name, function, summary, elementwise, scale, adapter_scale or scale, negative_weights, check, estimate
+            name,
+            function,
+            summary,
+            elementwise,
+            scale,
+            adapter_scale or scale,
+            negative_weights,
+            check,
+            estimate,
         )
         return function
 
@@ -162,13 +170,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _load_entry_points() -> None:
     for entry in entry_points(group="dirmerge.methods"):
         entry.load()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _options_model(name: str) -> type[pydantic.BaseModel]:
     """A pydantic model of the method's keyword options, from its signature."""
     method = METHODS[name]
@@ -194,7 +202,7 @@ def elementwise_cost(
 def spectral_cost(
     shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
 ) -> tuple[float, int, int | None]:
-    """One truncated SVD per task (thin QRs for adapters), two polar factors and T small coordinate matrices."""
+    """One truncated SVD (thin QRs for adapters) per task, two polar factors, T small coordinate matrices."""
     m, n = shape[-2:]
     kept = kept_ranks(Tasks((m, n), [_no_delta] * len(ranks), ranks), options.get("rank"))
     k = sum(kept)

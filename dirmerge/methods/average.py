@@ -1,0 +1,28 @@
+"""Weighted average of the fine-tunes."""
+
+from __future__ import annotations
+
+from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
+from dirmerge.methods.registry import register
+
+
+@register(
+    "weighted mean of the fine-tunes",
+    scale=Scale(value=1.0),
+    elementwise=True,
+    negative_weights=True,
+)
+def average(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta:
+    """Computes D = Σ w_t D_t / Σ w_t, so that W_0 + D is the weighted mean of the fine-tunes.
+
+    Args:
+        tasks: T deltas of any one shape; a LowRank result for adapters.
+        weights: T weights with a sum other than 0.
+        seed: unused, the method is deterministic.
+
+    Source:
+        Wortsman et al., Model soups, ICML 2022.
+    """
+    total = sum(weights)
+    merged = sum_tasks(tasks, [w / total for w in weights])
+    return MergedDelta(merged, MergeRecord("average", {}, tasks.shape))

@@ -1,0 +1,103 @@
+"""MDA, parameter space: the shared subspace of the tasks, projected onto a simplex ETF."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from dirmerge.linalg import SVDMethod
+from dirmerge.lowrank import LowRank
+from dirmerge.methods.common import (
+    MergedDelta,
+    MergeRecord,
+    Scale,
+    Tasks,
+    cover_space,
+    empty_result,
+    factor_tasks,
+)
+from dirmerge.methods.registry import register
+from dirmerge.ops import etf_project
+
+
+@register(
+    "shared subspace projected onto a simplex ETF (parameter space, data-free)",
+    scale=Scale(alignment=0.8),
+    adapter_scale=Scale(alignment=0.36),
+)
+def mda(
+    tasks: Tasks,
+    weights: list[float],
+    *,
+    rank: Annotated[int, Field(ge=1)] | None = None,
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None,
+    frame: Literal["shared", "canonical", "random"] = "shared",
+    svd: SVDMethod = "auto",
+    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    seed: int = 0,
+) -> MergedDelta:
+    """Computes D = M Mᵀ Q blkdiag(w_t S_t) Rᵀ with M a simplex ETF.
+
+    Q and R are the polar factors of the stacked bases;
+    M = √(K/(K−1)) F (I − 11ᵀ/K) on a frame F. On the shared frame F = Q the Gram operator acts on the small
+    core alone (`etf_project`); G = M Mᵀ is never formed for any frame.
+
+    Args:
+        tasks: T deltas (m, n), dense or LowRank.
+        weights: T weights >= 0 of the singular values.
+        rank: directions kept per task, in place of `fraction`.
+        fraction: directions kept per task as a fraction of m; default 1/T, an adapter's own rank. Both are
+            capped at min(m, n) and ⌊m/T⌋, above which the frame has no room.
+        frame: "shared" (Q), "canonical" (I_m) or "random" (Haar, K columns, by `seed`). The published text
+            does not fix it.
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
+        seed: of the randomized SVD and of the random frame.
+
+    Returns:
+        MergedDelta, factored with rank Σ r_t.
+
+    Source:
+        MDA, arXiv 2512.00391, parameter-space alignment ("MDA TA").
+    """
+    options = {"rank": rank, "fraction": fraction, "frame": frame, "svd": svd, "svd_tolerance": svd_tolerance}
+    if rank is not None and fraction is not None:
+        raise ValueError("mda: rank and fraction both set the number of directions; give one of them")
+    record = MergeRecord("mda", options, tasks.shape)
+    m, n = tasks.shape
+    cap = max(1, min(m, n, m // len(tasks)))
+    share = rank if rank is not None else max(1, math.floor((fraction or 1 / len(tasks)) * m + 1e-9))
+    own = rank is None and fraction is None
+    ranks = [min(cap, r if own and r is not None else min(share, r or share)) for r in tasks.ranks]
+    factors = factor_tasks(tasks, weights, ranks, svd, svd_tolerance, seed)
+    record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
+    k = sum(factors.ranks)
+    if k == 0:
+        return empty_result(tasks, record, factors)
+    left = cover_space(factors.u, svd, "left", record)
+    right = cover_space(factors.v, svd, "right", record)
+    s = torch.cat(factors.s)
+    record.rank = k
+    if (k if frame == "shared" else min(m, k)) < 2:
+        record.notes.append("a simplex ETF needs two vertices; the shared subspace is returned as it is")
+        return MergedDelta(LowRank(left * s, None, right), record, factors)
+    if frame == "shared":
+        merged = LowRank(left, etf_project(torch.diag(s)), right)
+    elif frame == "canonical":
+        merged = LowRank(etf_project(left * s), None, right)
+    else:
+        merged = LowRank(_random_frame(left * s, min(k, m), seed), None, right)
+    return MergedDelta(merged, record, factors)
+
+
+def _random_frame(left: torch.Tensor, k: int, seed: int) -> torch.Tensor:
+    """Applies M Mᵀ of a Haar-random frame F (m, k) to left: F etf_project(Fᵀ left)."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(left.shape[0], k, generator=generator, dtype=left.dtype)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal().sign()
+    projected: torch.Tensor = q @ etf_project(q.mT @ left)
+    return projected

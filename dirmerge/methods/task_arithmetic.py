@@ -1,0 +1,26 @@
+"""Task arithmetic: the sum of the task vectors."""
+
+from __future__ import annotations
+
+from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
+from dirmerge.methods.registry import register
+
+
+@register(
+    "sum of the task vectors",
+    scale=Scale(value=0.3),
+    elementwise=True,
+    negative_weights=True,
+)
+def task_arithmetic(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta:
+    """Computes D = Σ w_t D_t.
+
+    Args:
+        tasks: T deltas of any one shape; a LowRank result for adapters.
+        weights: T weights; a negative one takes its task away.
+        seed: unused, the method is deterministic.
+
+    Source:
+        Ilharco et al., Editing models with task arithmetic, ICLR 2023.
+    """
+    return MergedDelta(sum_tasks(tasks, weights), MergeRecord("task_arithmetic", {}, tasks.shape))

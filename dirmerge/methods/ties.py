@@ -1,0 +1,52 @@
+"""TIES: trim, elect signs, disjoint mean."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks
+from dirmerge.methods.registry import register
+from dirmerge.ops import elect_merge, kth_largest_magnitude
+
+
+@register(
+    "trim small entries, elect signs, disjoint mean",
+    scale=Scale(value=1.0),
+    elementwise=True,
+)
+def ties(
+    tasks: Tasks,
+    weights: list[float],
+    *,
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    seed: int = 0,
+) -> MergedDelta:
+    """Keeps each task's largest entries, elects signs by Σ w_t D_t and averages the entries that have them.
+
+    The threshold is taken per tensor and task, with all entries that tie with it kept, so that a model can
+    be streamed; the paper takes one threshold per task over the whole model. Adapters are multiplied out:
+    the trimmed entries have no factors.
+
+    Args:
+        tasks: T deltas of any one shape.
+        weights: T weights >= 0 of the election and of the mean.
+        density: fraction of entries kept.
+        seed: unused, the method is deterministic.
+
+    Source:
+        Yadav et al., TIES-Merging, NeurIPS 2023.
+    """
+    first = tasks.dense(0)
+    stack = torch.empty((len(tasks), *first.shape), dtype=first.dtype)
+    stack[0] = first
+    del first
+    for t in range(1, len(tasks)):
+        stack[t] = tasks.dense(t)
+    count = max(1, math.floor(density * stack[0].numel()))
+    thresholds = kth_largest_magnitude(stack, count) if density < 1 else None
+    merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype))
+    return MergedDelta(merged, MergeRecord("ties", {"density": density}, tasks.shape))

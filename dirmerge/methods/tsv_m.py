@@ -1,0 +1,63 @@
+"""TSV-M: singular vectors of all tasks, decorrelated by the polar factor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from dirmerge.linalg import SVDMethod
+from dirmerge.lowrank import LowRank
+from dirmerge.methods.common import (
+    MergedDelta,
+    MergeRecord,
+    Scale,
+    Tasks,
+    cover_space,
+    empty_result,
+    factor_tasks,
+    kept_ranks,
+)
+from dirmerge.methods.registry import register
+
+
+@register(
+    "whitened task singular vectors",
+    scale=Scale(alignment=0.8),
+    adapter_scale=Scale(alignment=0.36),
+)
+def tsv_m(
+    tasks: Tasks,
+    weights: list[float],
+    *,
+    rank: Annotated[int, Field(ge=1)] | None = None,
+    svd: SVDMethod = "auto",
+    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    seed: int = 0,
+) -> MergedDelta:
+    """Computes D = polar([U_1 … U_T]) diag(w_1 S_1, …, w_T S_T) polar([V_1 … V_T])ᵀ.
+
+    Args:
+        tasks: T deltas (m, n), dense or LowRank.
+        weights: T weights >= 0 of the singular values.
+        rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank.
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
+        seed: of the randomized SVD.
+
+    Returns:
+        MergedDelta, factored with rank Σ r_t.
+
+    Source:
+        Gargiulo et al., Task Singular Vectors, CVPR 2025.
+    """
+    record = MergeRecord("tsv_m", {"rank": rank, "svd": svd, "svd_tolerance": svd_tolerance}, tasks.shape)
+    factors = factor_tasks(tasks, weights, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
+    record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
+    if sum(factors.ranks) == 0:
+        return empty_result(tasks, record, factors)
+    left = cover_space(factors.u, svd, "left", record)
+    right = cover_space(factors.v, svd, "right", record)
+    record.rank = left.shape[1]
+    return MergedDelta(LowRank(left * torch.cat(factors.s), None, right), record, factors)
