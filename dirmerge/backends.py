@@ -8,7 +8,7 @@ Environment variables, all of them read at installation and none at run time:
 
 | variable | values | meaning |
 |---|---|---|
-| DIRMERGE_NATIVE | auto (default), require, off | build the C++ library if possible, or fail, or do not build |
+| DIRMERGE_NATIVE | auto (default), require, off | build the C++ library if possible, or fail, or leave it |
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,10 +65,9 @@ def _load_native() -> tuple[ModuleType | None, str]:
             "DIRMERGE_NATIVE=require to see what is missing"
         )
     try:
-        from dirmerge import _C
+        return importlib.import_module("dirmerge._C"), ""
     except ImportError as error:
         return None, f"the native library does not load, reinstall dirmerge: {error}"
-    return _C, ""
 
 
 _native, _native_missing = _load_native()

@@ -23,13 +23,13 @@ def register(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..
     qualified = f"dirmerge::{name}"
     torch.library.define(qualified, schema)
 
-    @torch.library.register_kernel(qualified, None)
     def kernel(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return backends.select(name, first.device, first.dtype)(first, *args, **kwargs)
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(f"dirmerge.ops.{name} is not differentiable: detach its inputs")
 
+    torch.library.register_kernel(qualified, None, kernel)
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward)
     overload: Callable[..., Any] = getattr(torch.ops.dirmerge, name).default

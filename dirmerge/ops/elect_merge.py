@@ -109,16 +109,16 @@ def elect_merge(
 ) -> torch.Tensor:
     """Merges by elected sign: s = sign Σ_t w_t x_t, result = Σ w_t x_t / Σ w_t over the t with sign x_t = s.
 
-    Per entry, one read of the T values: the positive and the negative ones are summed apart, the heavier side
-    wins, and its mean is the result. Entries with |x[t]| < thresholds[t] count as 0, and a 0 has no sign; where
-    the sum is 0 so is the result.
+    Per entry, one read of the T values: the positive and the negative ones are summed apart, the heavier
+    side wins, and its mean is the result. Entries with |x[t]| < thresholds[t] count as 0, and a 0 has no
+    sign; where the sum is 0 so is the result.
 
     Args:
         x: (T, ...), any floating dtype.
         thresholds: (T,), any floating dtype; None keeps everything. An entry equal to its threshold is kept.
         weights: T numbers >= 0; None weighs all tasks alike.
-        blocks: sizes r_1, …, r_B with Σ r_b = K for x of shape (T, K, K): only the diagonal blocks are merged,
-            the rest of the result is 0 and the rest of x is not read. None merges everything.
+        blocks: sizes r_1, …, r_B with Σ r_b = K for x of shape (T, K, K): only the diagonal blocks are
+            merged, the rest of the result is 0 and the rest of x is not read. None merges everything.
 
     Returns:
         x.shape[1:], the dtype of x. An entry that is NaN in any task is NaN.

@@ -33,7 +33,7 @@ def _etf_project_torch(core: torch.Tensor) -> torch.Tensor:
 
 
 def etf_project(core: torch.Tensor) -> torch.Tensor:
-    """Computes G Z = K/(K − 1) · (Z − 1 1ᵀ Z / K), the Gram operator of a simplex ETF with K vertices on a frame.
+    """Computes G Z = K/(K − 1) · (Z − 1 1ᵀ Z / K), the Gram operator of a simplex ETF with K vertices.
 
     G is never formed: the mean row is subtracted and the rest scaled.
 
