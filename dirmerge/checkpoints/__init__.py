@@ -1,0 +1,1 @@
+"""Checkpoints and adapters on disk: reading, checking and writing, without any knowledge of merge methods."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dirmerge.linalg import all_finite
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.average import average
 from dirmerge.methods.common import (
@@ -164,7 +165,7 @@ def _checked(deltas: Sequence[Delta]) -> list[Delta]:
             )
         parts = [delta] if isinstance(delta, Tensor) else [delta.left, delta.right]
         parts += [delta.core] if isinstance(delta, LowRank) and delta.core is not None else []
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not all(all_finite(part) for part in parts):
             raise ValueError(f"deltas[{t}] must be finite, got NaN or Inf")
     double = any(delta.dtype == torch.float64 for delta in deltas)
     dtype = torch.float64 if double else torch.float32

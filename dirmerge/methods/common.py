@@ -211,7 +211,7 @@ def factor_tasks(
             iterations = max(iterations, triplets.power_iterations)
             if triplets.method == "randomized" and float(triplets.gain) > svd_tolerance:
                 factors.notes.append(
-                    f"{tasks.names[t]}: the last of {triplets.power_iterations} power iterations still gained "
+                    f"{tasks.names[t]}: power iteration {triplets.power_iterations}, the last, still gained "
                     f"{float(triplets.gain):.1e} of energy (svd_tolerance {svd_tolerance:.1e})"
                 )
         del delta

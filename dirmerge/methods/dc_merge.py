@@ -98,8 +98,10 @@ def dc_merge(
     # and its blocks are kept.
     kept = left.new_empty(len(tasks), sum(rank * rank for rank in factors.ranks))
     thresholds = left.new_empty(len(tasks))
-    for t, (u, s, v) in enumerate(zip(factors.u, factors.s, factors.v, strict=True)):
-        coordinates = (left.mT @ u * balanced(s, smoothing, rho)) @ (right.mT @ v).mT
+    left_coordinates = left.mT @ torch.cat(factors.u, dim=1)
+    right_coordinates = right.mT @ torch.cat(factors.v, dim=1)
+    for t, (own, s) in enumerate(zip(blocks, factors.s, strict=True)):
+        coordinates = (left_coordinates[:, own] * balanced(s, smoothing, rho)) @ right_coordinates[:, own].mT
         thresholds[t] = kth_largest_magnitude(coordinates.unsqueeze(0), count)[0]
         torch.cat([coordinates[block, block].reshape(-1) for block in blocks], out=kept[t])
     merged = elect_merge(kept, thresholds, torch.tensor(weights, dtype=kept.dtype))

@@ -52,6 +52,12 @@ def check_floating(op: str, **tensors: object) -> None:
         device = tensor.device
 
 
+def view(tensor: torch.Tensor) -> Any:
+    """Describes a CPU tensor to the native library, which does not know torch. The tensor must outlive the view."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return backends.native().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
+
+
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype an op computes in: float64 if any input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

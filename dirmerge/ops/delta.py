@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from dirmerge.backends import implements
-from dirmerge.ops._registration import check_floating, compute_dtype, register
+from dirmerge.backends import implements, native
+from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
 class Delta(NamedTuple):
@@ -56,6 +56,16 @@ def _delta_torch(
     for piece in torch.split(value.view(-1), _PIECE):
         total += piece.double().square().sum()
     return value, total, value.isfinite().logical_not().sum()
+
+
+@implements("delta", "native", devices=("cpu",))
+def _delta_native(
+    finetuned: torch.Tensor, base: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    value = finetuned.new_empty(finetuned.shape, dtype=compute_dtype(finetuned, base))
+    finetuned, base = finetuned.contiguous(), base.contiguous()
+    total, nonfinite = native().delta(view(finetuned), view(base), view(value), torch.get_num_threads())
+    return value, torch.tensor(total, dtype=torch.float64), torch.tensor(nonfinite, dtype=torch.int64)
 
 
 def delta(finetuned: torch.Tensor, base: torch.Tensor) -> Delta:

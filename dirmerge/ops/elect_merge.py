@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dirmerge.backends import implements
-from dirmerge.ops._registration import check_floating, compute_dtype, register
+from dirmerge.backends import implements, native
+from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
 def _check(
@@ -98,6 +98,30 @@ def _elect_merge_torch(
         block = slice(start, start + size)
         merged[block, block] = _elect(x[:, block, block], thresholds, weights)
         start += size
+    return merged
+
+
+@implements("elect_merge", "native", devices=("cpu",))
+def _elect_merge_native(
+    x: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> torch.Tensor:
+    # With blocks only they are read: a view of rows is taken as it is, and not copied whole.
+    if blocks is None or x.stride(2) != 1:
+        x = x.contiguous()
+    if thresholds is not None:
+        thresholds = thresholds.to(compute_dtype(x)).contiguous()
+    merged = x.new_empty(x.shape[1:])
+    native().elect_merge(
+        view(x),
+        None if thresholds is None else view(thresholds),
+        weights,
+        blocks,
+        view(merged),
+        torch.get_num_threads(),
+    )
     return merged
 
 

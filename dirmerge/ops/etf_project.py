@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dirmerge.backends import implements
-from dirmerge.ops._registration import check_floating, compute_dtype, register
+from dirmerge.backends import implements, native
+from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
 def _check(core: torch.Tensor) -> None:
@@ -30,6 +30,14 @@ def _etf_project_torch(core: torch.Tensor) -> torch.Tensor:
     dtype = compute_dtype(core)
     centred = core.to(dtype) - core.mean(dim=-2, keepdim=True, dtype=dtype)
     return centred.mul_(K / (K - 1)).to(core.dtype).contiguous()
+
+
+@implements("etf_project", "native", devices=("cpu",))
+def _etf_project_native(core: torch.Tensor) -> torch.Tensor:
+    core = core.contiguous()
+    result = torch.empty_like(core)
+    native().etf_project(view(core), view(result), torch.get_num_threads())
+    return result
 
 
 def etf_project(core: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dirmerge.backends import implements
-from dirmerge.ops._registration import check_floating, register
+from dirmerge.backends import implements, native
+from dirmerge.ops._registration import check_floating, register, view
 
 
 def _check(x: torch.Tensor, k: int) -> None:
@@ -29,6 +29,14 @@ _op = register("kth_largest_magnitude", "(Tensor x, SymInt k) -> Tensor", fake=_
 def _kth_largest_magnitude_torch(x: torch.Tensor, k: int) -> torch.Tensor:
     magnitudes = x.abs().flatten(1)
     return torch.kthvalue(magnitudes, magnitudes.shape[1] - k + 1, dim=1).values
+
+
+@implements("kth_largest_magnitude", "native", devices=("cpu",), dtypes=(torch.float32, torch.float64))
+def _kth_largest_magnitude_native(x: torch.Tensor, k: int) -> torch.Tensor:
+    x = x.contiguous()
+    result = x.new_empty(x.shape[0])
+    native().kth_largest_magnitude(view(x), k, view(result), torch.get_num_threads())
+    return result
 
 
 def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:

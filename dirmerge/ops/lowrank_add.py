@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dirmerge.backends import FLOATING, implements
-from dirmerge.ops._registration import check_floating, compute_dtype, register
+from dirmerge.backends import FLOATING, implements, native
+from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
 def _check(
@@ -60,6 +60,35 @@ def _lowrank_add_torch(
     dtype = compute_dtype(base)
     updated = torch.addmm(base.to(dtype), left.to(dtype), right.to(dtype).mT, alpha=scale)
     return updated.to(out_dtype or base.dtype)
+
+
+_PANEL = 1 << 18
+
+
+@implements("lowrank_add", "native", devices=("cpu",), dtypes=(torch.bfloat16, torch.float16, torch.float32))
+def _lowrank_add_native(
+    base: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    m, n = base.shape
+    if base.stride(1) != 1:
+        base = base.contiguous()
+    left = left.float()
+    right_transposed = right.float().mT
+    result = base.new_empty(base.shape, dtype=out_dtype or base.dtype)
+    rows = max(1, min(m, _PANEL // max(n, 1)))
+    panel = base.new_empty((rows, n), dtype=torch.float32)
+    library, threads = native(), torch.get_num_threads()
+    for start in range(0, m, rows):
+        part = slice(start, min(start + rows, m))
+        update = panel[: part.stop - start]
+        torch.mm(left[part], right_transposed, out=update)
+        library.lowrank_add(view(base[part]), view(update), scale, view(result[part]), threads)
+    return result
 
 
 def lowrank_add(

@@ -1,0 +1,261 @@
+"""Linear algebra against float64, by invariants and by properties of the inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dirmerge import linalg
+
+
+def spectrum(name: str, p: int) -> Tensor:
+    """Singular values by property."""
+    return {
+        "flat": torch.ones(p, dtype=torch.float64),
+        "decay": torch.logspace(0, -6, p, dtype=torch.float64),
+        "deficient": torch.cat([torch.linspace(2, 1, p - p // 3), torch.zeros(p // 3)]).double(),
+        "repeated": torch.tensor([3.0] * (p // 2) + [1.0] * (p - p // 2), dtype=torch.float64),
+        "huge": 1e15 * torch.linspace(2, 1, p, dtype=torch.float64),
+        "tiny": 1e-15 * torch.linspace(2, 1, p, dtype=torch.float64),
+    }[name]
+
+
+def matrix(m: int, n: int, s: Tensor, generator: torch.Generator) -> Tensor:
+    p = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, p, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, p, generator=generator, dtype=torch.float64)).Q
+    return (u * s) @ v.mT
+
+
+SHAPES = [(33, 33), (70, 33), (33, 70), (199, 12), (1, 9), (9, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["flat", "decay", "deficient", "repeated", "huge", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_svd_is_optimal_and_orthonormal(shape, kind, dtype, generator):
+    p = min(shape)
+    truth = matrix(*shape, spectrum(kind, p), generator)
+    rank = max(1, p // 3)
+    svd = linalg.svd_truncated(truth.to(dtype), rank, "exact")
+    eps, top = torch.finfo(dtype).eps, float(torch.linalg.matrix_norm(truth, 2))
+    best = torch.linalg.svdvals(truth)
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert float((svd.u.double().mT @ svd.u.double() - eye).norm()) < 60 * eps * rank
+    assert float((svd.v.double().mT @ svd.v.double() - eye).norm()) < 60 * eps * rank
+    error = float((truth - svd.dense().double()).norm())
+    assert error <= float(best[rank:].square().sum().sqrt()) + 60 * eps * top * math.sqrt(p)
+    assert float(svd.energy) == pytest.approx(
+        float(best[:rank].square().sum() / best.square().sum()), abs=1e-5
+    )
+    assert float(svd.residual) == pytest.approx(error, abs=2e-3 * top * math.sqrt(p))
+
+
+def test_randomized_svd_meets_its_certificate(generator):
+    n, rank = 256, 32
+    # The spectrum of fine-tuning deltas: a heavy-tailed head on a flat bulk.
+    s = 1 / torch.arange(1, n + 1, dtype=torch.float64).sqrt() + 0.05
+    batch = torch.stack([matrix(n, 200, s[:200], generator) for _ in range(3)]).float()
+    best = s[:rank].square().sum() / s[:200].square().sum()
+    for given_iterations in (0, 1, 3, None):
+        svd = linalg.svd_truncated(batch, rank, "randomized", seed=5, power_iterations=given_iterations)
+        assert svd.method == "randomized"
+        measured = torch.tensor(
+            [float((b @ v).double().square().sum()) for b, v in zip(batch, svd.v, strict=True)]
+        )
+        captured = svd.energy * svd.total
+        assert torch.all(measured + 1e-3 * captured >= captured)  # ‖a v‖² is at least ‖uᵀ a v‖²
+        residual = (batch.double() - svd.dense().double()).square().sum((1, 2)).sqrt()
+        assert torch.allclose(svd.residual, residual, rtol=2e-3)
+        if given_iterations is None:
+            assert torch.all(svd.gain <= 1e-2)
+            assert torch.all(svd.energy >= 0.99 * best)
+        else:
+            assert svd.power_iterations == given_iterations
+    rough = linalg.svd_truncated(batch, rank, "randomized", power_iterations=0)
+    fine = linalg.svd_truncated(batch, rank, "randomized", power_iterations=4)
+    assert torch.all(fine.energy > rough.energy)
+
+
+def test_svd_is_deterministic_and_leaves_its_input_alone(generator):
+    a = torch.randn(80, 70, generator=generator)
+    before = a.clone()
+    first = linalg.svd_truncated(a, 8, "randomized", seed=3)
+    second = linalg.svd_truncated(a, 8, "randomized", seed=3)
+    other = linalg.svd_truncated(a, 8, "randomized", seed=4)
+    assert torch.equal(first.u, second.u)
+    assert not torch.equal(first.u, other.u)
+    assert torch.equal(a, before)
+    strided = linalg.svd_truncated(a.mT, 8, "exact")
+    assert torch.allclose(strided.s, linalg.svd_truncated(a, 8, "exact").s, rtol=1e-5)
+
+
+def test_svd_of_zero_and_auto_choice(generator):
+    zero = linalg.svd_truncated(torch.zeros(6, 4), 2)
+    assert float(zero.energy) == 1
+    assert float(zero.residual) == 0
+    assert linalg.svd_truncated(torch.randn(40, 40, generator=generator), 4).method == "exact"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: linalg.svd_truncated(a, 0), "rank must be at least 1"),
+        (lambda a: linalg.svd_truncated(a, 2, "fast"), "method must be"),
+        (lambda a: linalg.svd_truncated(a * math.nan, 2), "must be finite"),
+        (lambda a: linalg.svd_truncated(a[0], 2), "must have shape"),
+        (lambda a: linalg.svd_truncated(a.long(), 2), "floating-point"),
+        (lambda a: linalg.svd_truncated(a, 2, tolerance=2.0), "tolerance"),
+        (lambda a: linalg.svd_truncated(a, 2, "randomized", power_iterations=-1), "power_iterations"),
+        (lambda a: linalg.polar(a / 0), "must be finite"),
+        (lambda a: linalg.polar(a, "svd"), "method must be"),
+        (lambda a: linalg.polar(a, max_steps=0), "max_steps"),
+        (lambda a: linalg.procrustes(a, a[:2]), "same shape"),
+        (lambda a: linalg.simplex_etf(1, 3), "at least 2"),
+        (lambda a: linalg.simplex_etf(5, 3), "no simplex ETF"),
+        (lambda a: linalg.simplex_etf(3, 4, frame=torch.ones(4, 3)), "orthonormal"),
+        (lambda a: linalg.simplex_etf(3, 4, frame=torch.eye(4)[:, :3], seed=1), "seed"),
+        (lambda a: linalg.etf_gap(a[:, :1]), "k >= 2"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("shape", [(33, 33), (70, 33), (33, 70), (199, 12), (1, 9), (9, 1)])
+@pytest.mark.parametrize("method", ["exact", "newton_schulz"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_polar_factor_is_the_nearest_orthogonal_matrix(shape, method, dtype, generator):
+    p = min(shape)
+    s = torch.linspace(3, 0.2, p, dtype=torch.float64)
+    truth = matrix(*shape, s, generator)
+    u, _, vh = torch.linalg.svd(truth, full_matrices=False)
+    found = linalg.polar(truth.to(dtype), method)
+    limit = 2e-5 if dtype == torch.float32 else 1e-11
+    assert float((found.q.double() - u @ vh).norm()) < limit * math.sqrt(p)
+    assert float(found.residual) < limit
+    assert int(found.rank) == p
+    assert found.fallback is None
+    assert found.method == ("newton_schulz" if method == "newton_schulz" else found.method)
+
+
+def test_polar_is_equivariant_and_idempotent(generator):
+    a = torch.randn(60, 20, generator=generator, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q
+    polar_a = linalg.polar(a).q
+    assert torch.allclose(linalg.polar(q @ a).q, q @ polar_a, atol=1e-12)
+    assert torch.allclose(linalg.polar(polar_a).q, polar_a, atol=1e-12)
+    assert torch.allclose(linalg.polar(a * 1e-20).q, polar_a, atol=1e-12)
+
+
+def test_gram_form_agrees_with_the_svd_up_to_its_condition_limit(generator):
+    for ratio in (1e-1, 1e-3, 9e-5):
+        truth = matrix(200, 30, torch.logspace(0, math.log10(ratio), 30, dtype=torch.float64), generator)
+        u, _, vh = torch.linalg.svd(truth.float().double(), full_matrices=False)
+        found = linalg.polar(truth.float(), "exact")
+        assert found.method == "gram"
+        assert float((found.q.double() - u @ vh).norm()) / math.sqrt(30) < 1e-6
+    beyond = matrix(200, 30, torch.logspace(0, -6, 30, dtype=torch.float64), generator)
+    assert linalg.polar(beyond.float(), "exact").method == "svd"
+
+
+def test_newton_schulz_never_returns_a_non_orthogonal_factor(generator):
+    s = torch.cat([torch.ones(20), torch.full((4,), 1e-9)]).double()
+    found = linalg.polar(matrix(40, 24, s, generator), "newton_schulz")
+    assert found.fallback is not None
+    assert "Newton–Schulz reached" in found.fallback
+    assert found.method == "svd"
+    assert float(found.residual) < 1e-12
+
+
+def test_polar_of_a_rank_deficient_matrix(generator):
+    truth = matrix(50, 20, torch.cat([torch.ones(15), torch.zeros(5)]).double(), generator)
+    full = linalg.polar(truth)
+    assert int(full.rank) == 15
+    assert float(full.residual) < 1e-12
+    partial = linalg.polar(truth, complete=False)
+    gram = partial.q.mT @ partial.q
+    assert torch.allclose(gram @ gram, gram, atol=1e-12)  # a projector: q is a partial isometry
+    assert float(gram.trace()) == pytest.approx(15, abs=1e-9)
+    assert torch.allclose(partial.q, truth, atol=1e-12)  # all its singular values are 1 or 0 already
+
+
+def test_polar_of_a_batch_and_of_nothing(generator):
+    batch = torch.randn(3, 2, 10, 4, generator=generator, dtype=torch.float64)
+    q = linalg.polar(batch, "newton_schulz").q
+    for i in range(3):
+        for j in range(2):
+            assert torch.allclose(q[i, j], linalg.polar(batch[i, j], "exact").q, atol=1e-10)
+    assert linalg.polar(torch.zeros(0, 5, 3)).q.shape == (0, 5, 3)
+    assert linalg.polar(torch.zeros(5, 0)).q.shape == (5, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lower=st.floats(1e-6, 0.6))
+def test_minimax_quintic_equioscillates(lower):
+    a, b, c, error = linalg._minimax_quintic(lower)
+    x = torch.cat([torch.linspace(lower, 1, 4001, dtype=torch.float64)])
+    deviation = (1 - (a * x + b * x**3 + c * x**5)).abs()
+    assert float(deviation.max()) <= error * (1 + 1e-5) + 1e-12
+    # No odd quintic does better: the error is taken with alternating sign at both ends and twice between.
+    ends = [1 - (a * z + b * z**3 + c * z**5) for z in (lower, 1.0)]
+    assert ends[0] == pytest.approx(error, rel=1e-6, abs=1e-12)
+    assert ends[1] == pytest.approx(-error, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("d", [2, 3, 8])
+def test_procrustes_finds_the_rotation(d, generator):
+    a = torch.randn(50, d, generator=generator, dtype=torch.float64)
+    r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    r[:, 0] *= torch.linalg.det(r).sign()
+    assert torch.allclose(linalg.procrustes(a, a @ r), r, atol=1e-10)
+    mirrored = r.clone()
+    mirrored[:, 0] *= -1
+    special = linalg.procrustes(a, a @ mirrored)
+    assert float(torch.linalg.det(special)) == pytest.approx(1)
+    assert torch.allclose(linalg.procrustes(a, a @ mirrored, special=False), mirrored, atol=1e-10)
+    # Optimal among rotations: no small turn does better.
+    loss = float((a @ special - a @ mirrored).norm())
+    for _ in range(20):
+        skew = torch.randn(d, d, generator=generator, dtype=torch.float64) * 0.05
+        turned = special @ torch.linalg.matrix_exp(skew - skew.mT)
+        assert float((a @ turned - a @ mirrored).norm()) >= loss - 1e-9
+
+
+@pytest.mark.parametrize(("k", "d"), [(2, 1), (2, 5), (4, 3), (5, 5), (7, 20)])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_simplex_etf_has_its_gram_matrix(k, d, seed):
+    vertices = linalg.simplex_etf(k, d, seed=seed, dtype=torch.float64)
+    gram = vertices.mT @ vertices
+    ideal = (k * torch.eye(k, dtype=torch.float64) - 1) / (k - 1)
+    assert torch.allclose(gram, ideal, atol=1e-12)
+    assert linalg.etf_gap(vertices) < 1e-12
+    assert float(vertices.sum(1).norm()) < 1e-12
+
+
+def test_simplex_etf_on_a_frame_and_gap_of_another_set(generator):
+    frame = torch.linalg.qr(torch.randn(9, 4, generator=generator, dtype=torch.float64)).Q
+    vertices = linalg.simplex_etf(4, 9, frame=frame, dtype=torch.float64)
+    projector = frame @ frame.mT
+    assert torch.allclose(projector @ vertices, vertices, atol=1e-12)
+    assert linalg.etf_gap(torch.randn(9, 4, generator=generator)) > 0.05
+
+
+def test_seeds_depend_on_name_and_seed_alone():
+    assert linalg.seed_for("a") == linalg.seed_for("a")
+    assert len({linalg.seed_for(n, s) for n in ("a", "b", "a.b") for s in (0, 1)}) == 6
+    assert 0 <= linalg.seed_for("x") < 2**63
+
+
+def test_numerical_rank_and_finiteness():
+    assert linalg.numerical_rank(torch.tensor([1.0, 1e-3, 1e-9]), 100).item() == 2
+    assert linalg.numerical_rank(torch.zeros(3), 100).item() == 0
+    assert linalg.numerical_rank(torch.zeros(0), 100).item() == 0
+    assert linalg.all_finite(torch.full((4,), 3e38))  # the sum overflows, the values do not
+    assert not linalg.all_finite(torch.tensor([math.inf, -math.inf]))
