@@ -41,10 +41,14 @@ def make_probe(
     return Probe(task.name, ids, labels, head(base, tokenizer, task.prompts))
 
 
+def correct(model: torch.nn.Module, probe: Probe, *, bf16: bool) -> Tensor:
+    """(n,) bool: whether the largest logit of each text is its label's."""
+    return logits(embed(model, probe.ids, bf16=bf16), probe.head).argmax(1).eq(probe.labels)
+
+
 def accuracy(model: torch.nn.Module, probe: Probe, *, bf16: bool) -> float:
-    """The fraction of the probe's texts whose largest logit is the label's."""
-    features = embed(model, probe.ids, bf16=bf16)
-    return logits(features, probe.head).argmax(1).eq(probe.labels).double().mean().item()
+    """The fraction of the probe's texts that the model classifies correctly."""
+    return correct(model, probe, bf16=bf16).double().mean().item()
 
 
 def accuracies(model: torch.nn.Module, probes: Sequence[Probe], *, bf16: bool) -> dict[str, float]:
