@@ -53,7 +53,7 @@ def check_floating(op: str, **tensors: object) -> None:
 
 
 def view(tensor: torch.Tensor) -> Any:
-    """Describes a CPU tensor to the native library, which does not know torch. The tensor must outlive the view."""
+    """Describes a CPU tensor, which must outlive the view, to the native library, which knows no torch."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return backends.native().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
 

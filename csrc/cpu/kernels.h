@@ -1,0 +1,71 @@
+// The CPU kernels, and the choice of instruction set.
+//
+// Every cpu/<op>.cpp is compiled once per instruction set, with DIRMERGE_ISA naming the namespace of that
+// copy, and the best copy that the processor runs is chosen at the first call. So that the linker cannot
+// merge code of two copies, the kernels instantiate no templates of the standard library: parallel_for,
+// Scratch and whatever else needs them is compiled once, in common/.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace dirmerge {
+
+// Elements of one dtype at an address.
+struct Elements {
+    void* data;
+    DType dtype;
+};
+
+// A matrix whose rows lie row_stride elements apart, each contiguous.
+struct Matrix {
+    void* data;
+    DType dtype;
+    std::int64_t rows, cols, row_stride;
+};
+
+struct Kernels {
+    const char* name;
+
+    // value = finetuned − base over `count` elements, with Σ value² and the number of non-finite values.
+    // value is double if an input is, else float.
+    void (*delta)(Elements finetuned, Elements base, void* value, std::int64_t count, double* sum_of_squares,
+                  std::int64_t* nonfinite, int threads);
+
+    // result[t] = k-th largest |x[t]| of `tasks` rows of `count` floats or doubles, task_stride elements
+    // apart.
+    void (*kth_largest_magnitude)(Elements x, std::int64_t tasks, std::int64_t count,
+                                  std::int64_t task_stride, std::int64_t k, void* result, int threads);
+
+    // The matrices of the tasks lie task_stride elements apart, `x` describes the first. thresholds and
+    // weights may be null; both have the compute type of x. blocks: sizes of `block_count` diagonal blocks;
+    // null: one block, all.
+    void (*elect_merge)(Matrix x, std::int64_t tasks, std::int64_t task_stride, const void* thresholds,
+                        const void* weights, const std::int64_t* blocks, std::int64_t block_count,
+                        void* result, int threads);
+
+    // result = K/(K − 1) (Z − 1 1ᵀ Z / K) for `batch` contiguous K × n matrices.
+    void (*etf_project)(Elements core, std::int64_t batch, std::int64_t K, std::int64_t n, void* result,
+                        int threads);
+
+    // result = round(base + scale · update), all of one shape; update is float. base is not double.
+    void (*lowrank_add)(Matrix base, Matrix update, float scale, Matrix result, int threads);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#ifdef DIRMERGE_X86_LEVELS
+namespace x86_64_v3 {
+extern const Kernels kernels;
+}
+namespace x86_64_v4 {
+extern const Kernels kernels;
+}
+#endif
+
+// The best copy that this processor runs.
+const Kernels& kernels();
+
+}  // namespace dirmerge
