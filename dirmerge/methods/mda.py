@@ -43,7 +43,8 @@ def mda(
 
     Q and R are the polar factors of the stacked bases;
     M = √(K/(K−1)) F (I − 11ᵀ/K) on a frame F. On the shared frame F = Q the Gram operator acts on the small
-    core alone (`etf_project`); G = M Mᵀ is never formed for any frame.
+    core alone (`etf_project`); G = M Mᵀ is never formed for any frame. It takes out the one direction Q 1: a
+    singular vector's sign matters, so each is turned until its largest left entry is positive.
 
     Args:
         tasks: T deltas (m, n), dense or LowRank.
@@ -79,6 +80,9 @@ def mda(
         return empty_result(tasks, record, factors)
     left = cover_space(factors.u, svd, "left", record)
     right = cover_space(factors.v, svd, "right", record)
+    # The shared frame loses the direction Q 1, which depends on the signs that an SVD leaves open: fix them.
+    signs = torch.cat([_signs(u) for u in factors.u])
+    left, right = left * signs, right * signs
     s = torch.cat(factors.s)
     record.rank = k
     if (k if frame == "shared" else min(m, k)) < 2:
@@ -91,6 +95,13 @@ def mda(
     else:
         merged = LowRank(_random_frame(left * s, min(k, m), seed), None, right)
     return MergedDelta(merged, record, factors)
+
+
+def _signs(u: torch.Tensor) -> torch.Tensor:
+    """(r,) the sign of each column's largest entry, so that a singular vector has one orientation."""
+    if u.shape[1] == 0:
+        return u.new_zeros(0)
+    return u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0).sign()
 
 
 def _random_frame(left: torch.Tensor, k: int, seed: int) -> torch.Tensor:

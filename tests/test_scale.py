@@ -1,0 +1,58 @@
+"""The alignment a(D): its formula, its linearity, and the λ that follows from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dirmerge
+from dirmerge import LowRank
+from dirmerge.methods import Tasks, merge_tasks
+from dirmerge.scale import alignment_terms, scale_for
+
+
+def tasks_of(deltas):
+    ranks = [d.rank if isinstance(d, LowRank) else None for d in deltas]
+    return Tasks(tuple(deltas[0].shape), [lambda d=d: d for d in deltas], ranks)
+
+
+@pytest.mark.parametrize("method", ["dc_merge", "tsv_m", "iso_c", "ties", "task_arithmetic", "mda"])
+def test_alignment_by_its_formula(method, generator):
+    deltas = [torch.randn(18, 24, generator=generator, dtype=torch.float64) for _ in range(3)]
+    tasks = tasks_of(deltas)
+    merged = merge_tasks(tasks, method, [1.0] * 3, {})
+    numerator, denominator = alignment_terms(tasks, merged)
+    expected_n = expected_d = 0.0
+    for d in deltas:
+        u, s, vh = torch.linalg.svd(d, full_matrices=False)
+        core = u[:, :6].mT @ merged.dense() @ vh[:6].mT
+        expected_n += float((core.diagonal() * s[:6]).sum())
+        expected_d += float(s[:6].square().sum())
+    assert numerator == pytest.approx(expected_n, rel=1e-9)
+    assert denominator == pytest.approx(expected_d, rel=1e-9)
+
+
+def test_target_is_reached_and_recorded(generator):
+    loras = [
+        LowRank(torch.randn(30, 4, generator=generator), None, torch.randn(20, 4, generator=generator))
+        for _ in range(3)
+    ]
+    merged = dirmerge.merge_deltas(loras, "dc_merge", alignment=0.4)
+    numerator, denominator = alignment_terms(tasks_of(loras), merged)
+    assert numerator / denominator == pytest.approx(0.4, rel=1e-5)
+    assert merged.record.alignment == pytest.approx(0.4, rel=1e-5)
+    plain = dirmerge.merge_deltas(loras, "dc_merge")
+    assert torch.allclose(merged.dense(), plain.dense() * merged.record.scale, rtol=1e-5)
+
+
+def test_one_task_is_reproduced_by_its_own_update(generator):
+    d = torch.randn(10, 12, generator=generator, dtype=torch.float64)
+    numerator, denominator = alignment_terms(tasks_of([d]), merge_tasks(tasks_of([d]), "average", [1.0], {}))
+    assert numerator == pytest.approx(denominator)
+
+
+def test_scale_for_edges():
+    assert scale_for(2.0, 4.0, 0.5) == pytest.approx(1.0)
+    assert scale_for(0.0, 0.0, 0.5) == 1.0
+    with pytest.raises(ValueError, match="no scale reaches"):
+        scale_for(-1.0, 4.0, 0.5)
