@@ -1,0 +1,297 @@
+"""Whole pipelines, measured side by side: adapters against the dense form, files to files, peak memory.
+
+    python -m benchmarks.pipelines adapters        DC-Merge of eight rank-16 adapters of one matrix
+    python -m benchmarks.pipelines seven-billion   eight adapters of 7B shape, file to file
+    python -m benchmarks.pipelines memory          full fine-tunes of 4 and of 16 layers
+
+Each part keeps the results of the others in benchmarks/results/pipelines.json and writes the page anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dirmerge
+from dirmerge.checkpoints.safetensors_io import SafetensorsFileWriter
+
+RESULTS = Path(__file__).parent / "results" / "pipelines.json"
+N_TASKS, RANK = 8, 16
+
+
+def machine() -> str:
+    """Returns one line about this machine."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return (
+        f"{model}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+    )
+
+
+def dc_merge_dense(deltas: list[Tensor], rank: int) -> Tensor:
+    """DC-Merge, average smoothing, on dense deltas as published: T full SVDs, then one per cover space."""
+    us, ss, vs = [], [], []
+    for delta in deltas:
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        us.append(u[:, :rank])
+        ss.append(s[:rank].mean().expand(rank))
+        vs.append(vh[:rank].mT)
+    frames = []
+    for bases in (us, vs):
+        u, _, vh = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False)
+        frames.append(u @ vh)
+    left, right = frames
+    size = left.shape[1]
+    coordinates = []
+    for u, s, v in zip(us, ss, vs, strict=True):
+        c = left.mT @ ((u * s) @ v.mT) @ right
+        threshold = c.abs().flatten().topk(max(1, int(1e-3 * size * size))).values.min()
+        coordinates.append(torch.where(c.abs() >= threshold, c, torch.zeros_like(c)))
+    stack = torch.stack(coordinates)
+    total = stack.sum(0)
+    chosen = (stack.sign() == total.sign()) & (stack != 0)
+    mean = (stack * chosen).sum(0) / chosen.sum(0).clamp(min=1)
+    mask = torch.block_diag(*[torch.ones(rank, rank)] * len(deltas))
+    return left @ (mean * mask) @ right.mT
+
+
+def timed(function: Callable[[], object], runs: int) -> float:
+    """Returns the median seconds of some runs."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def adapters(sizes: list[int]) -> list[dict[str, Any]]:
+    """Times DC-Merge on factors against its dense form, the same result asserted first."""
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        generator = torch.Generator().manual_seed(size)
+        loras = [
+            dirmerge.LowRank.from_lora(
+                torch.randn(size, RANK, generator=generator),
+                torch.randn(RANK, size, generator=generator) / size,
+            )
+            for _ in range(N_TASKS)
+        ]
+        dense = [lora.dense() for lora in loras]
+        start = time.perf_counter()
+        expected = dc_merge_dense(dense, RANK)
+        slow = time.perf_counter() - start
+        merged = dirmerge.merge_deltas(loras, "dc_merge")
+        error = float((merged.dense() - expected).norm() / expected.norm())
+        if error > 1e-5:
+            raise SystemExit(f"the factored and the dense result differ by {error:.1e} at {size}")
+        fast = timed(lambda loras=loras: dirmerge.merge_deltas(loras, "dc_merge"), 21)
+        rows.append({"size": size, "dense_s": slow, "factored_s": fast, "ratio": slow / fast, "error": error})
+        print(
+            f"{size} x {size}: dense {slow:.2f} s, factored {fast * 1e3:.1f} ms, "
+            f"ratio {slow / fast:.0f}, error {error:.1e}"
+        )
+    return rows
+
+
+def run_measured(arguments: list[str]) -> tuple[float, float]:
+    """Runs `dirmerge …` in a process of its own; returns seconds and peak resident megabytes (10⁶ bytes)."""
+    start = time.perf_counter()
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-m", "dirmerge", *arguments], dict(os.environ))
+    _, status, usage = os.wait4(pid, 0)
+    seconds = time.perf_counter() - start
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"dirmerge {' '.join(arguments)} failed")
+    return seconds, usage.ru_maxrss * 1024 / 1e6
+
+
+def write_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int, std: float
+) -> None:
+    """Writes random tensors one after the other, so that making the data needs little memory too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    entries = [(name, dtype, shape) for name, shape in shapes.items()]
+    with SafetensorsFileWriter(path, entries, {"format": "pt"}) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, (torch.randn(shape, generator=generator) * std).to(dtype))
+
+
+PROJECTIONS = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 4096),
+    "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+
+
+def seven_billion(workdir: Path) -> list[dict[str, Any]]:
+    """Merges eight rank-16 adapters of LLaMA-7B's shapes into one adapter, file to file."""
+    config = {
+        "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False,
+        "target_modules": sorted({name.split(".")[-1] for name in PROJECTIONS}),
+        "base_model_name_or_path": "synthetic-7b", "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        size = 0
+        for t in range(N_TASKS):
+            folder = workdir / f"{label}-{t}"
+            shapes: dict[str, tuple[int, ...]] = {}
+            for layer in range(32):
+                for module, (m, n) in PROJECTIONS.items():
+                    prefix = f"base_model.model.model.layers.{layer}.{module}"
+                    shapes[f"{prefix}.lora_A.weight"] = (RANK, n)
+                    shapes[f"{prefix}.lora_B.weight"] = (m, RANK)
+            write_file(folder / "adapter_model.safetensors", shapes, dtype, t, 0.01)
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            size += (folder / "adapter_model.safetensors").stat().st_size
+        recipe = workdir / f"{label}.yml"
+        models = "".join(f"  - model: {workdir}/{label}-{t}\n" for t in range(N_TASKS))
+        recipe.write_text(f"merge_method: dc_merge\nmodels:\n{models}")
+        out = workdir / f"{label}-out"
+        seconds, peak = run_measured(["merge", str(recipe), "--out", str(out), "--as", "adapter"])
+        written = sum(p.stat().st_size for p in out.iterdir())
+        rows.append(
+            {
+                "dtype": label,
+                "read_gb": size / 1e9,
+                "written_gb": written / 1e9,
+                "seconds": seconds,
+                "peak_mb": peak,
+            }
+        )
+        print(
+            f"{label}: {size / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, "
+            f"{seconds:.1f} s, peak {peak:.0f} MB"
+        )
+        for path in workdir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return rows
+
+
+def memory(workdir: Path, width: int = 2048, n_tasks: int = 4) -> list[dict[str, Any]]:
+    """Merges full fine-tunes of 4 and of 16 layers: the peak must not follow the number of layers."""
+    rows: list[dict[str, Any]] = []
+    largest = width * width * 4 / 1e6
+    bound = 1000 + (n_tasks + 6) * largest
+    for method in ("dc_merge", "tsv_m", "iso_cts", "ties"):
+        for layers in (4, 16):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for layer in range(layers):
+                for module in ("q_proj", "up_proj"):
+                    shapes[f"model.layers.{layer}.{module}.weight"] = (width, width)
+                shapes[f"model.layers.{layer}.norm.weight"] = (width,)
+            for t in range(n_tasks + 1):
+                folder = workdir / f"{layers}-{t}"
+                if not folder.exists():
+                    write_file(folder / "model.safetensors", shapes, torch.bfloat16, t, 0.02)
+                    (folder / "config.json").write_text("{}")
+            recipe = workdir / f"{method}-{layers}.yml"
+            models = "".join(f"  - model: {workdir}/{layers}-{t + 1}\n" for t in range(n_tasks))
+            # Two power iterations' worth of tolerance would change nothing about the memory.
+            recipe.write_text(f"merge_method: {method}\nbase_model: {workdir}/{layers}-0\nmodels:\n{models}")
+            seconds, peak = run_measured(["merge", str(recipe), "--out", str(workdir / "out"), "--overwrite"])
+            rows.append(
+                {"method": method, "layers": layers, "tasks": n_tasks, "width": width, "seconds": seconds,
+                 "peak_mb": peak, "bound_mb": bound}
+            )  # fmt: skip
+            print(f"{method}, {layers} layers: peak {peak:.0f} MB (bound {bound:.0f} MB), {seconds:.1f} s")
+    return rows
+
+
+def report(results: dict[str, Any]) -> str:
+    """Renders the page."""
+    lines = [
+        "# Pipelines",
+        "",
+        f"Machine: {results['machine']}.",
+        "Written by `python -m benchmarks.pipelines`.",
+        "",
+    ]
+
+    def table(title: str, header: str, rows: list[str]) -> None:
+        lines.extend([f"## {title}", "", header, re.sub(r"[^|]+", "---", header), *rows, ""])
+
+    if "adapters" in results:
+        table(
+            "DC-Merge of eight rank-16 adapters of one matrix: factored against dense (T + 2 full SVDs)",
+            "| matrix | dense | factored (median of 21) | ratio | relative difference |",
+            [
+                f"| {r['size']} × {r['size']} | {r['dense_s']:.1f} s | {r['factored_s'] * 1e3:.1f} ms "
+                f"| {r['ratio']:.0f} | {r['error']:.1e} |"
+                for r in results["adapters"]
+            ],
+        )
+    if "seven-billion" in results:
+        table(
+            "Eight rank-16 adapters of 7B shape (32 layers, 7 matrices each) into one, file to file",
+            "| dtype | read | written | seconds | peak resident memory |",
+            [
+                f"| {r['dtype']} | {r['read_gb']:.2f} GB | {r['written_gb']:.2f} GB | {r['seconds']:.1f} "
+                f"| {r['peak_mb']:.0f} MB |"
+                for r in results["seven-billion"]
+            ],
+        )
+    if "memory" in results:
+        table(
+            "Full fine-tunes: peak resident memory, bound 1 GB + (T + 6) × the largest tensor in float32",
+            "| method | tasks | largest tensor | layers | peak | bound | seconds |",
+            [
+                f"| {r['method']} | {r['tasks']} | {r['width']} × {r['width']} | {r['layers']} "
+                f"| {r['peak_mb']:.0f} MB | {r['bound_mb']:.0f} MB | {r['seconds']:.1f} |"
+                for r in results["memory"]
+            ],
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs one part and keeps its result beside those of the others."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["adapters", "seven-billion", "memory"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument(
+        "--workdir", type=Path, help="where the synthetic checkpoints go; default a temporary folder"
+    )
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if arguments.part == "adapters":
+        results["adapters"] = adapters(arguments.sizes)
+    else:
+        with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:
+            part = seven_billion if arguments.part == "seven-billion" else memory
+            results[arguments.part] = part(Path(folder))
+    results["machine"] = machine()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(report(results))
+
+
+if __name__ == "__main__":
+    main()

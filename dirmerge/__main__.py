@@ -1,0 +1,5 @@
+"""`python -m dirmerge`."""
+
+from dirmerge.cli import main
+
+main()
