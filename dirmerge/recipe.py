@@ -440,6 +440,12 @@ class Recipe(_Strict):
             return self.models[0].model
         return self.base_model
 
+    def with_shard_size(self, size: int) -> Recipe:
+        """Return the recipe with another size of the weight files, in bytes."""
+        changed = self.model_copy(update={"shard_size": size})
+        changed._plain = {**self._plain, "shard_size": size}
+        return changed
+
     def tasks(self) -> list[ModelEntry]:
         """Return the fine-tunes: the listed models without the base, which only averages count."""
         if self.method == "average":

@@ -1,0 +1,139 @@
+"""The two documents beside a merged model: README.md for people and the hub, dirmerge.json for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dirmerge.checkpoints.plan import Input, Plan
+
+CARD = "README.md"
+MANIFEST = "dirmerge.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+
+
+def write_documents(folder: Path, plan: Plan, result: Mapping[str, Any]) -> None:
+    """Write the model card and the manifest.
+
+    Args:
+        folder: of the merged model.
+        plan: that was run.
+        result: what came of it, as plain data (MergeResult.to_dict()).
+    """
+    (folder / CARD).write_text(card(plan, result), encoding="utf-8")
+    text = json.dumps(manifest(plan, result), indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that is known of the merge: inputs with hashes, λ, a record per tensor, recipe."""
+    from dirmerge import __version__
+
+    return {
+        "dirmerge": __version__,
+        "method": plan.method.name,
+        "output": plan.output,
+        "scale": {
+            "value": result["scale"],
+            "alignment": result["alignment"],
+            "origin": result["scale_origin"],
+        },
+        "inputs": [_input(item, plan, result) for item in plan.inputs],
+        "totals": plan.totals(),
+        "notes": result["notes"],
+        "fallbacks": result["fallbacks"],
+        "seconds": result["seconds"],
+        "peak_rss": result["peak_rss"],
+        "recipe": plan.recipe.to_plain(),
+        "tensors": result["tensors"],
+    }
+
+
+def card(plan: Plan, result: Mapping[str, Any]) -> str:
+    """Return the model card: front matter for the hub, method, λ, options, inputs with hashes, the recipe."""
+    from dirmerge import __version__
+
+    front: dict[str, Any] = {}
+    base = _hub_name(plan)
+    if base is not None:
+        front["base_model"] = base
+    front["base_model_relation"] = "merge" if plan.output == "model" else "adapter"
+    front["library_name"] = "transformers" if plan.output == "model" else "peft"
+    front["tags"] = ["merge", "dirmerge"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# A merge of {len(plan.tasks)} {'adapters' if plan.adapters else 'models'}",
+        "",
+        f"Made with dirmerge {__version__} by the method `{plan.method.name}`: {plan.method.summary}.",
+        "",
+        f"- scale: {result['scale_text']}",
+    ]
+    options = _options(plan)
+    lines += [f"- options: {options}"] if options else []
+    rules = ", ".join(f"{count} {rule}" for rule, count in sorted(result["rules"].items()))
+    lines.append(f"- tensors by rule: {rules}")
+    if result["fallbacks"]:
+        lines.append(f"- fallbacks in {len(result['fallbacks'])} tensors, see {MANIFEST}")
+    lines += ["", "## Inputs", "", "| input | kind | weight | file | SHA-256 |", "|---|---|---|---|---|"]
+    for item in plan.inputs:
+        weight = "base" if item is plan.base else _weight(plan, item)
+        for file in _input(item, plan, result)["files"] or [{"name": "in memory", "sha256": "–"}]:
+            digest = f"`{file['sha256']}`" if len(file["sha256"]) > 1 else file["sha256"]
+            cells = [_cell(item.label), item.kind, weight, _cell(file["name"]), digest]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Recipe", "", "```yaml", plan.recipe.to_yaml().strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _input(item: Input, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+    hashes = result["hashes"]
+    return {
+        "role": "base" if item is plan.base else "task",
+        "source": item.label,
+        "kind": item.kind,
+        "files": [{"name": path.name, "sha256": hashes.get(str(path), "–")} for path in item.files],
+    }
+
+
+def _options(plan: Plan) -> str:
+    """Return the method's options with their defaults; those that differ between tensors are called so."""
+    merged = [tensor.options for tensor in plan.tensors if tensor.rule == "merge"]
+    parts = []
+    for name, default in plan.method.options.items():
+        values = {repr(options.get(name, default)) for options in merged}
+        if values:
+            parts.append(f"{name} = {values.pop() if len(values) == 1 else 'per tensor'}")
+    return ", ".join(parts)
+
+
+def _weight(plan: Plan, item: Input) -> str:
+    task = next(t for t, other in enumerate(plan.tasks) if other is item)
+    weights = {s.weight for tensor in plan.tensors for s in tensor.sources if s.task == task}
+    return f"{weights.pop():g}" if len(weights) == 1 else "per tensor"
+
+
+def _hub_name(plan: Plan) -> str | None:
+    """Return the base's id on the hub: a path of this machine means nothing to others."""
+    candidates: list[Any] = []
+    if plan.base is not None:
+        candidates.append(plan.base.label.split("@")[0])
+        if plan.base.checkpoint is not None and plan.base.checkpoint.config:
+            candidates.append(plan.base.checkpoint.config.get("_name_or_path"))
+    candidates += [task.adapter.base_name for task in plan.tasks if task.adapter is not None]
+    for name in candidates:
+        if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
+            return name
+    return None
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,369 @@
+"""The command line: parses, calls, prints. Exit codes are those of dirmerge.errors, 2 a wrong usage."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dirmerge.errors import DirmergeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dirmerge.checkpoints.plan import Plan, TensorPlan
+    from dirmerge.engine.result import MergeResult, Progress
+
+app = typer.Typer(
+    name="dirmerge",
+    help="Merge fine-tuned models by their directions: DC-Merge, MDA and their baselines.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 wrong command line, 3 recipe, 4 unreadable input, "
+    "5 inputs that do not fit together, 6 output, 7 NaN or Inf.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class OutputKind(str, enum.Enum):
+    """What is written."""
+
+    model = "model"
+    adapter = "adapter"
+
+
+class LogKind(str, enum.Enum):
+    """How progress is shown."""
+
+    text = "text"
+    json = "json"
+
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file, mergekit's schema and our keys.")
+]
+AsKind = Annotated[OutputKind, typer.Option("--as", help="Write a model, or a PEFT adapter (from adapters).")]
+Rank = Annotated[
+    int | None, typer.Option("--rank", min=1, help="Rank of the adapter written; default Σ r_t.")
+]
+Log = Annotated[LogKind, typer.Option("--log", help="text, or json: one object per line on standard output.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dirmerge import __version__
+
+        typer.echo(f"dirmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Merge fine-tuned models by their directions: DC-Merge, MDA and their baselines."""
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    kind: AsKind = OutputKind.model,
+    rank: Rank = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+) -> None:
+    """Show what a merge will do, from the headers of its inputs: no weight is read, nothing is written."""
+    with _errors(LogKind.json if as_json else LogKind.text):
+        from dirmerge import api
+
+        planned = api.plan(recipe, as_adapter=kind is OutputKind.adapter, rank=rank)
+        if as_json:
+            typer.echo(json.dumps(planned.to_dict(), indent=1, ensure_ascii=False))
+        else:
+            _print_plan(planned)
+        planned.close()
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")],
+    kind: AsKind = OutputKind.model,
+    rank: Rank = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--shard-size", help="Largest weight file, such as 5GB; default the recipe's."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
+    ] = None,
+    log: Log = LogKind.text,
+) -> None:
+    """Merge the models of a recipe into one folder."""
+    with _errors(log):
+        import torch
+
+        from dirmerge import api
+        from dirmerge.engine import local
+        from dirmerge.recipe import Recipe, parse_size
+
+        loaded = Recipe.load(recipe)
+        if shard_size is not None:
+            try:
+                loaded = loaded.with_shard_size(parse_size(shard_size))
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--shard-size") from error
+        if threads is not None:
+            torch.set_num_threads(threads)
+        planned = api.plan(loaded, as_adapter=kind is OutputKind.adapter, rank=rank)
+        if log is LogKind.json:
+            _print_json(
+                {"event": "plan", "method": planned.method.name, **planned.totals(), "notes": planned.notes}
+            )
+            result = local.run(planned, out, overwrite=overwrite, progress=_json_progress)
+            _print_json({"event": "done", **result.to_dict()})
+            return
+        for note in planned.notes:
+            typer.echo(f"note: {note}", err=True)
+        with _bar() as update:
+            result = local.run(planned, out, overwrite=overwrite, progress=update)
+        _print_summary(result)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Show versions, native library and backends, what is missing and how to get it."""
+    from dirmerge.doctor import examine
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+        return
+    console = _console()
+    console.print(
+        _table("Versions", ["package", "version"], [[n, v or "missing"] for n, v in report.versions.items()])
+    )
+    native = report.native if isinstance(report.native, dict) else {"missing": report.native}
+    console.print(_table("Native library", ["", ""], [[key, str(value)] for key, value in native.items()]))
+    rows = [list(row) for row in report.backends]
+    console.print(_table("Backends", ["op", "device", "dtype", "runs", "because"], rows))
+    console.print(f"threads: {report.threads}")
+    for line in report.advice:
+        console.print(f"- {line}", markup=False, highlight=False)
+    if not report.advice:
+        console.print("Nothing is missing.")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for results, picture and merged model.")] = Path(
+        "demo-out"
+    ),
+    task: Annotated[list[str] | None, typer.Option("--task", help="Only this task; repeat for more.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this method; repeat for more.")
+    ] = None,
+    texts: Annotated[
+        int, typer.Option("--texts", min=1, help="At most so many test texts of each task.")
+    ] = 400,
+) -> None:
+    """Merge eight real adapters of a real transformer by every method and evaluate the results."""
+    with _errors(LogKind.text):
+        try:
+            from dirmerge.demo import run
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "dirmerge":
+                raise
+            typer.echo(f"the demo needs {error.name}: pip install 'dirmerge[demo]'", err=True)
+            raise typer.Exit(1) from error
+        try:
+            run.main(out, tasks=task, methods=method, texts=texts)
+        except ModuleNotFoundError as error:
+            typer.echo(f"the demo needs {error.name}: pip install 'dirmerge[demo]'", err=True)
+            raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextlib.contextmanager
+def _errors(log: LogKind) -> Iterator[None]:
+    """Turn errors that the user can act on into one sentence on standard error and their exit code."""
+    try:
+        yield
+    except DirmergeError as error:
+        if log is LogKind.json:
+            _print_json({"event": "error", "message": str(error), "exit_code": error.exit_code})
+        typer.echo(f"dirmerge: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        typer.echo("dirmerge: interrupted, nothing was written", err=True)
+        raise typer.Exit(130) from error
+
+
+def _print_json(event: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _json_progress(step: Progress) -> None:
+    _print_json(
+        {
+            "event": "tensor",
+            "phase": step.phase,
+            "name": step.name,
+            "done": step.done,
+            "total": step.total,
+            "written_bytes": step.written_bytes,
+            "output_bytes": step.output_bytes,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    """Show a progress bar on standard error: tensors, bytes, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        TextColumn("{task.fields[bytes]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merge", total=1.0, tensors="0", bytes="")
+
+        def update(step: Any) -> None:
+            bar.update(
+                task,
+                description=step.phase,
+                completed=step.work,
+                tensors=f"{step.done}/{step.total}",
+                bytes=f"{_bytes(step.written_bytes)}/{_bytes(step.output_bytes)}",
+            )
+
+        yield update
+
+
+def _print_plan(planned: Plan) -> None:
+    console = _console()
+    base = planned.base.label if planned.base is not None else "none"
+    console.print(f"method  {planned.method.name}: {planned.method.summary}", markup=False, highlight=False)
+    console.print(f"base    {base}", markup=False, highlight=False)
+    for task in planned.tasks:
+        console.print(f"task    {task.label} ({task.kind})", markup=False, highlight=False)
+    console.print(f"scale   {planned.scale.describe()}", markup=False, highlight=False)
+    groups: dict[tuple[Any, ...], list[TensorPlan]] = {}
+    for tensor in planned.tensors:
+        groups.setdefault(_group(tensor), []).append(tensor)
+    rows = []
+    for (pattern, *_), members in groups.items():
+        first = members[0]
+        title = pattern if len(members) > 1 else first.name
+        notes = f" ({'; '.join(first.notes)})" if first.notes else ""
+        rows.append(
+            [
+                title,
+                str(len(members)),
+                "×".join(str(size) for size in first.shape) or "scalar",
+                str(first.dtype).removeprefix("torch."),
+                first.rule,
+                _sources(first),
+                str(first.rank) if first.rank is not None else "",
+                first.why + notes,
+            ]
+        )
+    columns = ["tensor", "count", "shape", "dtype", "rule", "inputs", "rank", "why"]
+    console.print(_table(None, columns, rows))
+    totals = planned.totals()
+    counts = ", ".join(f"{count} {rule}" for rule, count in sorted(totals["tensors"].items()))
+    console.print(f"tensors {counts}", highlight=False)
+    console.print(
+        f"output  {planned.output}, {totals['parameters']:,} parameters, {_bytes(totals['output_bytes'])}; "
+        f"about {totals['flops'] / 1e9:,.1f} GFLOP, largest step needs {_bytes(totals['peak_bytes'])}",
+        highlight=False,
+    )
+    for note in planned.notes:
+        console.print(f"note    {note}", markup=False, highlight=False)
+
+
+def _group(tensor: TensorPlan) -> tuple[Any, ...]:
+    from dirmerge.checkpoints.names import layer_pattern
+
+    dtype, sources = str(tensor.dtype), _sources(tensor)
+    return (layer_pattern(tensor.name), tensor.shape, dtype, tensor.rule, tensor.why, sources, tensor.rank)
+
+
+def _sources(tensor: TensorPlan) -> str:
+    dense = sum(1 for source in tensor.sources if source.rank is None)
+    ranks = sorted(source.rank for source in tensor.sources if source.rank is not None)
+    parts = [f"{dense} dense"] if dense else []
+    if ranks:
+        span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
+        parts.append(f"{len(ranks)} of rank {span}")
+    return ", ".join(parts)
+
+
+def _print_summary(result: MergeResult) -> None:
+    console = _console()
+    rules = ", ".join(f"{count} {rule}" for rule, count in sorted(result.rules.items()))
+    rows = [
+        ["method", result.method],
+        ["scale", result.scale_text()],
+        ["tensors", rules],
+        ["time", f"{result.seconds:.1f} s"],
+        ["peak memory", _bytes(result.peak_rss)],
+    ]
+    lowest = result.lowest_energy()
+    if lowest is not None:
+        rows.append(["lowest energy kept", f"{lowest[1]:.3f} ({lowest[0]})"])
+    for name, fallbacks in list(result.fallbacks.items())[:5]:
+        rows.append([f"fallback in {name}", "; ".join(fallbacks)])
+    if len(result.fallbacks) > 5:
+        rows.append(["more fallbacks", f"in {len(result.fallbacks) - 5} tensors, see dirmerge.json"])
+    rows.append(["output", str(result.path)])
+    console.print(_table("Merged", ["", ""], rows))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A terminal's width, but enough for a table when the output goes to a file.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _table(title: str | None, columns: list[str], rows: list[list[str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=0 < i < len(columns) - 1)
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

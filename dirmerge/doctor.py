@@ -1,0 +1,77 @@
+"""What this installation has: versions, native library, backends, and how to get what is missing."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+REQUIRED = ("torch", "numpy", "pydantic", "PyYAML", "huggingface_hub", "typer", "rich")
+DEMO = ("transformers", "peft", "matplotlib", "safetensors")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings.
+
+    Attributes:
+        versions: package → version, None when it is not installed.
+        native: build information of the native library, or why it is missing.
+        backends: (op, device, dtype, implementation, why not a faster one).
+        threads: torch's threads.
+        advice: what is missing and how to get it; empty when all is there.
+    """
+
+    versions: dict[str, str | None]
+    native: dict[str, str] | str
+    backends: list[tuple[str, str, str, str, str]]
+    threads: int
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data (JSON)."""
+        keys = ("op", "device", "dtype", "implementation", "reason")
+        return {
+            "versions": self.versions,
+            "native": self.native,
+            "backends": [dict(zip(keys, row, strict=True)) for row in self.backends],
+            "threads": self.threads,
+            "advice": self.advice,
+        }
+
+
+def examine() -> Report:
+    """Look at the installation; imports torch."""
+    import torch
+
+    from dirmerge import __version__, backends
+
+    versions: dict[str, str | None] = {"dirmerge": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in (*REQUIRED, *DEMO)}
+    native = backends.native_build_info()
+    rows = [
+        (row.op, row.device, str(row.dtype).removeprefix("torch."), row.implementation, row.reason)
+        for row in backends.table()
+    ]
+    advice = []
+    if isinstance(native, str):
+        advice.append(
+            f"native kernels are missing ({native}): everything works and some steps are slower; install a "
+            "C++ compiler and reinstall with DIRMERGE_NATIVE=require to see why a build fails"
+        )
+    if not torch.cuda.is_available():
+        advice.append("no CUDA device is visible to torch: everything runs on the CPU")
+    missing = [name for name in DEMO if versions[name] is None]
+    if missing:
+        advice.append(
+            f"{', '.join(missing)} missing, which only the demo needs: pip install 'dirmerge[demo]'"
+        )
+    return Report(versions, native, rows, torch.get_num_threads(), advice)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
