@@ -1,0 +1,535 @@
+"""Writing: a folder that appears complete or not at all, sharded weights, side files, temporary tensors.
+
+Nothing is written into the output folder itself: all goes to a hidden sibling, which is renamed at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dirmerge.checkpoints.reader import CONFIG, INDEX, WEIGHTS
+from dirmerge.checkpoints.safetensors_io import (
+    Entry,
+    SafetensorsFileWriter,
+    fill,
+    open_regular,
+    read_json_object,
+    tensor_bytes,
+    write_json,
+)
+from dirmerge.errors import CheckpointError, OutputError
+from dirmerge.lowrank import LowRank
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+"""Bytes of a shard by default, as on the Hugging Face hub."""
+
+_LOCK = ".dirmerge-lock"
+# What belongs to a model beside its weights, at the top of its folder.
+_SIDE_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+_NEVER = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".safetensors",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
+
+
+class OutputFolder:
+    """A folder that appears at `out` complete, or not at all.
+
+    Files go to `path`, a hidden folder beside `out` (same file system, so that renaming it is atomic), which
+    commit() puts in place. Left without commit(), by an exception for instance, it is removed, and an
+    existing `out` is untouched. What a killed process leaves, `.<name>.dirmerge-staging-<pid>-<random>`, is
+    removed by the next run with the same `out`, which can tell by its lock that the process is gone.
+
+    Args:
+        out: the folder to make; missing parents are made too.
+        overwrite: replace a folder that is not empty. It is renamed away, the new one renamed in, then the
+            old one removed; if the process is killed between the two renames, the next run restores it.
+
+    Raises:
+        OutputError: if `out` is a file, holds something (without overwrite), or its parent cannot be written.
+    """
+
+    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
+        # a link is followed, so that it stays one and its target is replaced
+        self.out = Path(out).expanduser().resolve()
+        self._overwrite = overwrite
+        self._path: Path | None = None
+        self._lock: int | None = None
+        self._made: list[Path] = []
+        if not self.out.name:
+            raise OutputError(f"{out}: cannot be an output folder")
+        self._check()
+
+    @property
+    def path(self) -> Path:
+        """The folder to write to, inside `with`."""
+        if self._path is None:
+            raise ValueError("the output folder is open only inside `with`, before commit()")
+        return self._path
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self._make_parents()
+            self._remove_leftovers()
+            self._check()
+            self._stage()
+        except OSError as error:
+            self._discard()
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def commit(self) -> None:
+        """Flushes everything to the disk and puts it in place.
+
+        Raises:
+            OutputError: if `out` was filled by somebody else meanwhile, or cannot be replaced; it is then as
+                before.
+        """
+        path = self.path
+        try:
+            self._check()
+            for folder, _, files in os.walk(path):
+                for name in files:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            replaced: Path | None = None
+            if self.out.exists() and any(self.out.iterdir()):
+                replaced = self._sibling("replaced")
+                self.out.rename(replaced)
+            try:
+                (path / _LOCK).unlink()
+                path.rename(self.out)
+            except OSError:
+                if replaced is not None:
+                    replaced.rename(self.out)
+                raise
+            self._path = None
+            self._made = []
+            _fsync(self.out.parent)
+            if replaced is not None:
+                # another name, so that a half-removed folder is never restored
+                discarded = self._sibling("discarded")
+                replaced.rename(discarded)
+                shutil.rmtree(discarded, ignore_errors=True)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self.out}: cannot be put in place: {error.strerror or error}") from error
+
+    def _check(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(f"{self.out}: is a file")
+        if self.out.is_dir() and not self._overwrite and any(self.out.iterdir()):
+            raise OutputError(
+                f"{self.out}: exists and is not empty; choose another folder or allow overwriting"
+            )
+
+    def _sibling(self, what: str) -> Path:
+        return self.out.parent / f".{self.out.name}.dirmerge-{what}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def _make_parents(self) -> None:
+        missing = [self.out.parent, *self.out.parent.parents]
+        for folder in reversed(missing):
+            if not folder.exists():
+                folder.mkdir()
+                self._made.append(folder)
+
+    def _stage(self) -> None:
+        """Makes the staging folder and takes its lock, which the kernel frees when the process is gone."""
+        while self._lock is None:
+            path = self._sibling("staging")
+            path.mkdir()
+            self._path = path
+            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            if _try_lock(lock) and (path / _LOCK).exists():
+                self._lock = lock
+            else:
+                # another process found the lock free before we took it, and is removing the folder
+                os.close(lock)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        name = re.escape(self.out.name)
+        pattern = re.compile(rf"\.{name}\.dirmerge-(staging|replaced|discarded)-\d+-[0-9a-f]{{8}}")
+        for entry in sorted(self.out.parent.iterdir()):
+            match = pattern.fullmatch(entry.name)
+            if match is None or entry.is_symlink() or not entry.is_dir():
+                continue
+            if match[1] == "replaced" and not self.out.exists():
+                entry.rename(self.out)  # its process was killed between the two renames
+                continue
+            if match[1] != "staging":
+                shutil.rmtree(entry, ignore_errors=True)
+                continue
+            try:
+                lock = os.open(entry / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                continue  # just being made, or not ours to open
+            try:
+                if _try_lock(lock):
+                    shutil.rmtree(entry, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+    def _discard(self) -> None:
+        if self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._path = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        for folder in reversed(self._made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        self._made = []
+
+
+class ShardedWriter:
+    """Writes model.safetensors, or shards with their index, one tensor or row chunk at a time.
+
+    Shards are filled in the order of `entries` and hold whole tensors; a tensor larger than `shard_size` has
+    a shard of its own. Writing in that order keeps one file open.
+
+    Args:
+        folder: where the files go.
+        entries: (name, dtype, shape) of every tensor.
+        shard_size: bytes of a shard.
+        metadata: strings for the headers.
+
+    Raises:
+        ValueError: for no entries or a shard size below 1; see SafetensorsFileWriter for the entries.
+        OutputError: if there is not enough space, or a file exists.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        entries: Iterable[Entry],
+        shard_size: int = DEFAULT_SHARD_SIZE,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        shards, self.total_size = plan_shards(entries, shard_size)
+        self._shards: dict[str, list[Entry]] = {}
+        for part, shard in enumerate(shards, 1):
+            name = WEIGHTS if len(shards) == 1 else f"model-{part:05d}-of-{len(shards):05d}.safetensors"
+            self._shards[name] = shard
+        self._where = {name: file for file, shard in self._shards.items() for name, _, _ in shard}
+        self._open: dict[str, SafetensorsFileWriter] = {}
+        self._done: set[str] = set()
+        free = shutil.disk_usage(self.folder).free
+        if free < self.total_size:
+            raise OutputError(f"{self.folder}: needs {self.total_size} bytes, only {free} are free")
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return [self.folder / name for name in self._shards]
+
+    def write(self, name: str, tensor: Tensor, start: int | None = None) -> None:
+        """Writes a tensor, or its rows from `start` on; see SafetensorsFileWriter.write."""
+        if name not in self._where:
+            raise ValueError(f"{name!r} is not a planned tensor of {self.folder}")
+        file = self._where[name]
+        if file in self._done:
+            raise ValueError(f"{name!r} was written before")
+        writer = self._open.get(file)
+        if writer is None:
+            writer = SafetensorsFileWriter(self.folder / file, self._shards[file], self._metadata)
+            self._open[file] = writer
+        writer.write(name, tensor, start)
+        if writer.complete:
+            self._finish(file)
+
+    def close(self) -> None:
+        """Checks that every tensor was written and writes the index; ValueError names what is missing."""
+        missing = [name for name, file in self._where.items() if file not in self._done | self._open.keys()]
+        try:
+            for file in list(self._open):
+                self._finish(file)
+            if missing:
+                raise ValueError(
+                    f"{self.folder}: {len(missing)} tensors were not written, e.g. {missing[0]!r}"
+                )
+        except BaseException:
+            self.abort()
+            raise
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": self.total_size},
+                "weight_map": dict(sorted(self._where.items())),
+            }
+            write_json(self.folder / INDEX, index)
+
+    def abort(self) -> None:
+        """Closes and removes the files that are not complete."""
+        for writer in self._open.values():
+            writer.abort()
+        self._open = {}
+
+    def _finish(self, file: str) -> None:
+        self._open[file].close()
+        del self._open[file]
+        self._done.add(file)
+
+
+def plan_shards(entries: Iterable[Entry], shard_size: int) -> tuple[list[list[Entry]], int]:
+    """Splits tensors into shards, in order.
+
+    Args:
+        entries: (name, dtype, shape) of every tensor.
+        shard_size: bytes that a shard of more than one tensor may have.
+
+    Returns:
+        The shards, and the bytes of all tensors.
+
+    Raises:
+        ValueError: for no entries, repeated names, or a shard size below 1.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+    shards: list[list[Entry]] = []
+    names: set[str] = set()
+    total = room = 0
+    for name, dtype, shape in entries:
+        if name in names:
+            raise ValueError(f"tensor names must be unique, got {name!r} twice")
+        names.add(name)
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        if not shards or nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append((name, dtype, tuple(shape)))
+        room -= nbytes
+        total += nbytes
+    if not shards:
+        raise ValueError("entries must not be empty")
+    return shards, total
+
+
+def copy_side_files(source: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copies what belongs to a model beside its weights: configuration, tokenizer, code, licence.
+
+    Args:
+        source: the model's folder.
+        out: the folder to copy to.
+        dtype: the output's dtype: stated in config.json where that states one. None leaves config.json as it
+            is.
+
+    Returns:
+        The names of the copied files.
+
+    Raises:
+        CheckpointError: if a file cannot be read.
+        OutputError: if one cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    copied: list[str] = []
+    for entry in sorted(source.iterdir()):
+        name = entry.name
+        if name.endswith(_NEVER) or not any(fnmatch(name, pattern) for pattern in _SIDE_FILES):
+            continue
+        if not entry.is_file():
+            continue
+        _copy(entry, out / name)
+        copied.append(name)
+    if dtype is not None and CONFIG in copied:
+        config = read_json_object(source / CONFIG, allow_nan=True)
+        if _set_dtype(config, str(dtype).removeprefix("torch.")):
+            write_json(out / CONFIG, config)
+    return copied
+
+
+class Spool:
+    """Temporary storage of matrices between two passes.
+
+    The file has no name and vanishes with the process; one matrix at a time is in memory.
+
+    Args:
+        folder: on whose file system the file is, e.g. the path of an OutputFolder.
+
+    Raises:
+        OutputError: if the file cannot be made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._items: dict[str, list[tuple[int, torch.dtype, tuple[int, ...]] | None]] = {}
+        self._end = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  (close())
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot hold temporary files: {error.strerror or error}") from error
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def put(self, name: str, value: LowRank | Tensor) -> None:
+        """Stores a matrix, dense or factored, in its own dtype; ValueError for a name that is there."""
+        if name in self._items:
+            raise ValueError(f"{name!r} is in the spool")
+        parts = (value.left, value.core, value.right) if isinstance(value, LowRank) else (value,)
+        self._items[name] = [None if part is None else self._append(part) for part in parts]
+
+    def get(self, name: str) -> LowRank | Tensor:
+        """Reads what put() stored, into fresh memory; KeyError for an unknown name."""
+        parts = [None if item is None else self._load(name, *item) for item in self._items[name]]
+        if len(parts) == 1:
+            assert parts[0] is not None
+            return parts[0]
+        left, core, right = parts
+        assert left is not None
+        assert right is not None
+        return LowRank(left, core, right)
+
+    def close(self) -> None:
+        """Removes the file."""
+        self._file.close()
+        self._items = {}
+
+    def _append(self, tensor: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+        offset, data = self._end, tensor_bytes(tensor)
+        try:
+            self._file.seek(offset)
+            position = 0
+            while position < data.nbytes:
+                position += self._file.write(data[position : position + (1 << 30)])
+        except OSError as error:
+            raise OutputError(f"{self._folder}: temporary data cannot be written: {error}") from error
+        self._end += data.nbytes
+        return offset, tensor.dtype, tuple(tensor.shape)
+
+    def _load(self, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        result = torch.empty(shape, dtype=dtype)
+        self._file.seek(offset)
+        fill(self._file, tensor_bytes(result), f"{self._folder}: temporary tensor {name!r}")
+        return result
+
+
+def sha256_file(path: str | Path, chunk: int = 1 << 22) -> str:
+    """Computes the SHA-256 of a file, `chunk` bytes at a time.
+
+    Args:
+        path: the file.
+        chunk: bytes to hold in memory.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(chunk))
+    with open_regular(Path(path)) as file:
+        try:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> bool:
+    """States the dtype wherever the configuration states one, also in its parts; True if that changed it."""
+    changed = False
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != name:
+            config[key] = name
+            changed = True
+        elif key.endswith("_config") and isinstance(value, dict):
+            changed |= _set_dtype(value, name)
+    return changed
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open_regular(source) as file:
+        try:
+            with target.open("xb") as copy:
+                shutil.copyfileobj(file, copy)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
