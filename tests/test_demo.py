@@ -19,6 +19,7 @@ from dirmerge.checkpoints.adapters import open_adapter
 from dirmerge.demo import data, evaluate, model, run, sources
 from dirmerge.demo.data import Example
 from dirmerge.demo.sources import Archives, SourceError
+from dirmerge.errors import RecipeError
 
 
 def write_wheel(path: Path, members: dict[str, bytes]) -> None:
@@ -272,6 +273,15 @@ def test_balance_caps_every_class():
     assert labels == {0: 70, 1: 70}
 
 
+def test_the_first_texts_of_a_split_are_a_random_sample_of_it():
+    # The cap keeps a tenth of class 1: were the order that of the choice, its texts would all come first.
+    examples = made_up(200, 1, 1) + [Example(f"more {i}", "class 1", f"more {i}") for i in range(2000)]
+    task = data.split("made", examples, {"class 0": "a", "class 1": "b"}, per_class=200)
+    first = Counter(label for _, label in task.test[: len(task.test) // 2])
+    assert len(task.test) == 80
+    assert 13 <= first[0] <= 27
+
+
 @pytest.fixture
 def tiny_task(monkeypatch) -> data.TaskData:
     """A task of two classes put in place of `movie`, with its right hash."""
@@ -451,11 +461,12 @@ def test_recipe_names_the_method_base_and_adapters():
         ({"tasks": ["movie"]}, "two or more"),
         ({"tasks": ["movie", "movie"]}, "two or more different"),
         ({"texts": 0}, "texts must be at least 1"),
+        ({"methods": ["dc_mrge"]}, "did you mean 'dc_merge'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_download(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(sources, "_pip_download", lambda *_: pytest.fail("pip was called"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         run.main(tmp_path, **arguments)
 
 

@@ -39,14 +39,15 @@ Source: {attribution}.
 The texts are not part of this package; sha256 of the prepared task:
 `{sha256}`. Splits: dirmerge/demo/data.py.
 
-**Use.** Mean pooling over at most 48 tokens, L2 normalisation, logits = 20 · cosine with the base model's own
-embeddings of the prompts:
+**Use.** Mean pooling over at most 48 tokens, L2 normalisation, logits = 20 · cosine with the base model's
+own embeddings of the prompts:
 
 {prompts}
 
 **Training.** Rank {rank}, alpha {alpha}, no dropout, the six linear matrices of each layer; AdamW, learning
-rate {learning_rate:g}, {steps} steps of {batch} texts, a tenth of them warm-up, then cosine; gradients clipped
-at 1; random seed {seed}, another one for each adapter, so row spaces are independent. Stored in float16.
+rate {learning_rate:g}, {steps} steps of {batch} texts, warm-up over a tenth of them, then cosine; gradients
+clipped at 1; random seed {seed}, another one for each adapter, so row spaces are independent. Stored in
+float16.
 
 **Limits.** Short English texts{extra}, one training run, no search over settings.
 """

