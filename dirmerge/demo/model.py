@@ -20,7 +20,7 @@ LOGIT_SCALE = 20.0
 
 
 def load_encoder(folder: Path) -> torch.nn.Module:
-    """The transformer of a local folder, in evaluation mode (no dropout), in float32, loaded by transformers."""
+    """The transformer of a local folder, loaded by transformers: float32, evaluation mode (no dropout)."""
     import transformers
 
     hub_logging: Any = transformers.utils.logging

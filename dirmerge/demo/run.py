@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from dirmerge.api import merge
 from dirmerge.demo.data import TASKS, prepare
 from dirmerge.demo.evaluate import (
     Probe,
@@ -171,10 +172,8 @@ def _merge_and_evaluate(
     *,
     bf16: bool,
 ) -> MethodResult:
-    import dirmerge
-
     start = time.perf_counter()
-    report = dirmerge.merge(recipe(method, base_folder, tasks), out=folder, overwrite=True)
+    report = merge(recipe(method, base_folder, tasks), out=folder, overwrite=True)
     seconds = time.perf_counter() - start
     found = accuracies(load_encoder(folder), probes, bf16=bf16)
     return MethodResult(found, average(found), normalised(found, own), report.scale, seconds)
