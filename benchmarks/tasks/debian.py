@@ -5,9 +5,9 @@
 | wordnet | gloss of a noun → its lexicographer file | wordnet-base | WordNet |
 | gcide | definition → part of speech | dict-gcide | GPL-2+ |
 | bible | verse of the King James Bible → group of books | bible-kjv, bible-kjv-text | GPL-2+ |
-| debian | one-line description → archive section | the lists of the configured archive | metadata |
+| debian | one-line description → archive section | the package lists of the machine | metadata |
 
-The data follows the release of the machine's archive, so it is not pinned by hash: compare within one machine.
+The data follows the release of the machine's archive and is not pinned: compare within one machine.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ PARTS_OF_SPEECH = {
     "adv.": "adverb: describing manner",
     "v. i.": "intransitive verb: to act",
 }
-# Abbreviations as the program `bible` prints them: a book belongs to the group one of whose prefixes it starts with.
+# Beginnings of the book names that the program `bible` prints.
 BOOKS = {
     "law of Moses": "Ge Ex Le Nu De",
-    "history of Israel and its kings": "Jos Judg Jdg Ru 1Sa 2Sa 1Sm 2Sm 1Ki 2Ki 1Ch 2Ch Ezr Ne Es",
+    "history of Israel and its kings": "Jos Jdg Ru 1Sm 2Sm 1Ki 2Ki 1Ch 2Ch Ezr Ne Es",
     "wisdom and proverbs": "Job Pr Ec So SS",
     "psalms of praise": "Ps",
     "prophets": "Is Jer La Eze Da Ho Joel Am Ob Jon Mic Na Hab Zep Hag Zec Mal",
-    "gospels about Jesus": "Mat Mt Mar Mk Lu Joh Jn",
-    "letters of the apostles": "Ro 1Co 2Co Ga Ep Ph Col 1Th 2Th 1Ti 2Ti Ti Heb Jam Jas 1Pe 2Pe 1Jo 2Jo 3Jo 1Jn 2Jn 3Jn Jude",
+    "gospels about Jesus": "Mat Mar Lu Joh",
+    "letters of the apostles": "Ro 1Co 2Co Ga Ep Ph Col 1Th 2Th 1Ti 2Ti Ti Heb Jas 1Pe 2Pe 1Jn 2Jn 3Jn Jude",
 }
 SECTIONS = {
     "admin": "system administration",
@@ -130,7 +130,7 @@ def parse_wordnet(text: str) -> list[Example]:
 
 
 def parse_gcide(text: str) -> list[Example]:
-    """Examples of the GCIDE in dictd format: the first definition of entries with one of five parts of speech."""
+    """Examples of the GCIDE in dictd format: the first definition of an entry, five parts of speech."""
     examples = []
     for entry in re.split(r"\n\n(?=[A-Z][^\n\\]*\\)", text):
         start = re.match(r"[^\\\n]*\\[^\\]*\\[^,\n]{0,3},\s*(v\. t\.|v\. i\.|adv\.|n\.|a\.)\s", entry)
@@ -147,18 +147,15 @@ def parse_gcide(text: str) -> list[Example]:
 
 def parse_bible(text: str) -> list[Example]:
     """Examples of `bible -f`: lines `Gen1:1 verse`; the group of a verse is its chapter."""
+    prefixes = [(prefix, label) for label, books in BOOKS.items() for prefix in books.split()]
     examples = []
     for line in text.splitlines():
         verse = re.match(r"([1-3]?[A-Za-z]+)(\d+):\d+\s+(.*)", line)
         if verse is None:
             continue
-        prefixes = [
-            (p, label) for label, books in BOOKS.items() for p in books.split() if verse[1].startswith(p)
-        ]
-        if prefixes:  # the longest prefix decides: Jude is no judge, John no Jonah
-            examples.append(
-                Example(verse[3], max(prefixes, key=lambda item: len(item[0]))[1], verse[1] + verse[2])
-            )
+        labels = [label for prefix, label in prefixes if verse[1].startswith(prefix)]
+        if labels:
+            examples.append(Example(verse[3], labels[0], verse[1] + verse[2]))
     return examples
 
 
@@ -179,10 +176,8 @@ def _wordnet(cache: Path) -> list[Example]:
 
 
 def _gcide(cache: Path) -> list[Example]:
-    with gzip.open(
-        unpack(cache) / "usr/share/dictd/gcide.dict.dz", "rt", encoding="utf-8", errors="replace"
-    ) as file:
-        return parse_gcide(file.read())
+    content = gzip.decompress((unpack(cache) / "usr/share/dictd/gcide.dict.dz").read_bytes())
+    return parse_gcide(content.decode("utf-8", "replace"))
 
 
 def _bible(cache: Path) -> list[Example]:
