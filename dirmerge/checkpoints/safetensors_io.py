@@ -376,7 +376,7 @@ class SafetensorsFileWriter:
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name!r} must have shape {shape} as planned, got {tuple(tensor.shape)}")
             if done:
-                raise ValueError(f"{name!r} was written before")
+                raise ValueError(f"{name!r} was begun in rows and must be finished so")
         else:
             if not shape or tuple(tensor.shape[1:]) != shape[1:] or tensor.ndim != len(shape):
                 raise ValueError(
