@@ -117,7 +117,7 @@ def _run(command: list[str], *, cwd: Path | None = None, env: Mapping[str, str] 
 
 
 def parse_wordnet(text: str) -> list[Example]:
-    """Examples of data.noun: the first gloss of every synset of the lexicographer files above."""
+    """Examples of data.noun: the first gloss of every synset in the lexicographer files above."""
     examples = []
     for line in text.splitlines():
         fields = line.split(" ", 2)
@@ -160,14 +160,14 @@ def parse_bible(text: str) -> list[Example]:
 
 
 def parse_packages(text: str) -> list[Example]:
-    """Examples of `apt-cache dumpavail`: descriptions of packages in the sections above; grouped by source."""
+    """Examples of `apt-cache dumpavail`: packages of the sections above, grouped by source package."""
     examples = []
     for stanza in text.split("\n\n"):
         fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", stanza, re.MULTILINE))
-        text = fields.get("Description", fields.get("Description-en", ""))
-        if text and fields.get("Section") in SECTIONS:
+        description = fields.get("Description", fields.get("Description-en", ""))
+        if description and fields.get("Section") in SECTIONS:
             source = fields.get("Source", fields["Package"]).split()[0]
-            examples.append(Example(text, fields["Section"], source))
+            examples.append(Example(description, fields["Section"], source))
     return examples
 
 
