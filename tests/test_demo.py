@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from dirmerge.api import merge
 from dirmerge.checkpoints.adapters import open_adapter
 from dirmerge.demo import data, evaluate, model, run, sources
 from dirmerge.demo.data import Example
@@ -477,3 +479,54 @@ def test_importing_the_demo_loads_none_of_its_optional_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_whole_demo_on_a_tiny_model(tiny_encoder, archives, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    words = ["good", "bad", "news", "text"]
+    pairs = [(f"{word} {i}", label) for i in range(20) for label, word in enumerate(words)]
+    tasks = {
+        "movie": data.TaskData("movie", words, words, [], [], pairs),
+        "city": data.TaskData("city", words[:2], words[:2], [], [], [(t, c) for t, c in pairs if c < 2]),
+    }
+    for seed, task in enumerate(tasks):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+        peft.get_peft_model(model.load_encoder(tiny_encoder), config).save_pretrained(
+            tmp_path / "adapters" / task
+        )
+    monkeypatch.setattr(run, "ADAPTERS", tmp_path / "adapters")
+    monkeypatch.setattr(run, "prepare", lambda name, _: tasks[name])
+    monkeypatch.setattr(run, "Archives", lambda: archives)
+    monkeypatch.setattr(archives, "base_model", lambda: tiny_encoder)
+    out = tmp_path / "out"
+    printed = io.StringIO()
+    for _ in range(2):  # the second run replaces the files of the first
+        summary = run.main(
+            out,
+            tasks=["movie", "city"],
+            methods=["average", "dc_merge"],
+            texts=50,
+            console=Console(file=printed, width=150),
+        )
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == summary
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "accuracy.png",
+        "dc_merge",
+        "recipe.yml",
+        "results.json",
+    ]
+    assert summary["tasks"]["movie"]["texts"] == 50
+    assert summary["tasks"]["city"]["texts"] == 40
+
+    base, merged = model.load_encoder(tiny_encoder), model.load_encoder(out / "dc_merge")
+    name = "encoder.layer.1.attention.self.value.weight"
+    assert not torch.equal(base.state_dict()[name], merged.state_dict()[name])
+    probe = evaluate.make_probe(tasks["movie"], "test", base, model.Tokenizer(tiny_encoder), texts=50)
+    expected = evaluate.accuracy(merged, probe, bf16=False)
+    assert summary["methods"]["dc_merge"]["accuracy"]["movie"] == pytest.approx(expected, abs=0.03)
+    assert f"dirmerge merge {out / 'recipe.yml'} --out my-model" in printed.getvalue()
+    again = merge(out / "recipe.yml")
+    torch.testing.assert_close(again.state_dict[name], merged.state_dict()[name], rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +158,10 @@ def _with_adapter(base_folder: Path, task: str) -> torch.nn.Module:
     """The base with one adapter, put together by PEFT."""
     import peft
 
-    model: Any = peft.PeftModel.from_pretrained(load_encoder(base_folder), str(adapter_folder(task)))
+    with warnings.catch_warnings():
+        # peft calls a function that transformers is about to rename: nothing a user of the demo can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        model: Any = peft.PeftModel.from_pretrained(load_encoder(base_folder), str(adapter_folder(task)))
     module: torch.nn.Module = model.eval()
     return module
 
