@@ -559,7 +559,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
 
 
 def _lookup(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:
-    """Returns the module's value: the first pattern that matches its end at a dot wins, as in PEFT."""
+    """Returns the module's value: the first pattern in the file that matches, as when PEFT loads it."""
     table = config.get(patterns) or {}
     for pattern, value in table.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
