@@ -122,6 +122,11 @@ def implements(
     return register
 
 
+def implementations(op: str) -> dict[str, Implementation]:
+    """Returns the implementations of op by backend, whether they can run here or not."""
+    return {name: found for (of, name), found in _implementations.items() if of == op}
+
+
 def _why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str:
     """The reason why op cannot run under the named backend; empty if it can."""
     found = _implementations.get((op, name))

@@ -142,19 +142,6 @@ void elect_merge(const View& x, const std::optional<View>& thresholds,
                           blocks ? static_cast<std::int64_t>(blocks->size()) : 0, result.data, threads);
 }
 
-void etf_project(const View& core, const View& result, int threads) {
-    const Checks checks("etf_project");
-    checks.require(core.dims() >= 2 && core.shape[core.dims() - 2] >= 2,
-                   "core must have shape (..., K, n), K >= 2");
-    checks.require(core.is_contiguous(), "core must be contiguous");
-    checks.output(result, core.shape, core.dtype);
-    const std::int64_t K = core.shape[core.dims() - 2];
-    const std::int64_t n = core.shape[core.dims() - 1];
-    if (n == 0) return;
-    const py::gil_scoped_release release;
-    kernels().etf_project(elements(core), core.count() / (K * n), K, n, result.data, threads);
-}
-
 void lowrank_add(const View& base, const View& update, double scale, const View& result, int threads) {
     const Checks checks("lowrank_add");
     const Matrix b = checks.matrix(base, "base must be a matrix with contiguous rows");
@@ -162,7 +149,7 @@ void lowrank_add(const View& base, const View& update, double scale, const View&
     const Matrix r = checks.matrix(result, "the output must be a matrix with contiguous rows");
     checks.require(base.shape == update.shape && base.shape == result.shape, "all shapes must be the same");
     checks.require(update.dtype == DType::float32, "update must be float32");
-    checks.require(base.dtype != DType::float64, "base must be bfloat16, float16 or float32");
+    checks.require(size_of(base.dtype) == 2, "base must be bfloat16 or float16");
     checks.require(result.is_writable, "the output must be writable");
     const py::gil_scoped_release release;
     kernels().lowrank_add(b, u, static_cast<float>(scale), r, threads);
@@ -200,8 +187,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("elect_merge", &elect_merge, py::arg("x"), py::arg("thresholds"), py::arg("weights"),
                py::arg("blocks"), py::arg("result"), py::arg("threads"),
                "Sign election with a disjoint mean; see dirmerge.ops.elect_merge.");
-    module.def("etf_project", &etf_project, py::arg("core"), py::arg("result"), py::arg("threads"),
-               "result = K/(K-1) (core - mean row).");
     module.def("lowrank_add", &lowrank_add, py::arg("base"), py::arg("update"), py::arg("scale"),
                py::arg("result"), py::arg("threads"),
                "result = base + scale * update, rounded to nearest even.");

@@ -36,8 +36,20 @@ static inline std::uint32_t to_bits(float x) {
     return bits;
 }
 
+static inline std::uint64_t to_bits(double x) {
+    std::uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 static inline float from_bits(std::uint32_t bits) {
     float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline double from_bits(std::uint64_t bits) {
+    double x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }

@@ -45,11 +45,7 @@ struct Kernels {
                         const void* weights, const std::int64_t* blocks, std::int64_t block_count,
                         void* result, int threads);
 
-    // result = K/(K − 1) (Z − 1 1ᵀ Z / K) for `batch` contiguous K × n matrices.
-    void (*etf_project)(Elements core, std::int64_t batch, std::int64_t K, std::int64_t n, void* result,
-                        int threads);
-
-    // result = round(base + scale · update), all of one shape; update is float. base is not double.
+    // result = round(base + scale · update), all of one shape; base is bfloat16 or float16, update is float.
     void (*lowrank_add)(Matrix base, Matrix update, float scale, Matrix result, int threads);
 };
 

@@ -14,18 +14,17 @@ void add_row(const B* base, const float* update, float scale, std::int64_t count
 }  // namespace
 
 void lowrank_add(Matrix base, Matrix update, float scale, Matrix result, int threads) {
-    const auto add = [&](auto base_type, auto result_type) {
+    with_type(base.dtype, [&](auto base_type) {
         using B = decltype(base_type);
-        using O = decltype(result_type);
-        parallel_for(base.rows, threads_for(base.rows * base.cols, threads), [&](std::int64_t i) {
-            add_row(static_cast<const B*>(base.data) + i * base.row_stride,
-                    static_cast<const float*>(update.data) + i * update.row_stride, scale, base.cols,
-                    static_cast<O*>(result.data) + i * result.row_stride);
-        });
-    };
-    with_type(base.dtype, [&](auto b) {
-        if constexpr (!std::is_same_v<decltype(b), double>) {
-            with_type(result.dtype, [&](auto o) { add(b, o); });
+        if constexpr (sizeof(B) == 2) {
+            with_type(result.dtype, [&](auto result_type) {
+                using O = decltype(result_type);
+                parallel_for(base.rows, threads_for(base.rows * base.cols, threads), [&](std::int64_t i) {
+                    add_row(static_cast<const B*>(base.data) + i * base.row_stride,
+                            static_cast<const float*>(update.data) + i * update.row_stride, scale, base.cols,
+                            static_cast<O*>(result.data) + i * result.row_stride);
+                });
+            });
         }
     });
 }

@@ -29,7 +29,8 @@ def register(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(f"dirmerge.ops.{name} is not differentiable: detach its inputs")
 
-    torch.library.register_kernel(qualified, None, kernel)
+    # Not register_kernel: its wrapper imports torch._dynamo at the first call, which takes seconds.
+    torch.library.impl(qualified, "CompositeExplicitAutograd", kernel)
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward)
     overload: Callable[..., Any] = getattr(torch.ops.dirmerge, name).default

@@ -42,8 +42,8 @@ _op = register(
     fake=_fake,
 )
 
-# Squares are summed in float64 piece by piece: a float64 copy of the matrix would be the largest temporary.
-_PIECE = 1 << 20
+# Entries squared in float64 at a time: few enough for a CPU's cache, elsewhere enough to fill the device.
+_PIECE_CPU, _PIECE = 1 << 16, 1 << 26
 
 
 @implements("delta", "torch")
@@ -53,9 +53,11 @@ def _delta_torch(
     dtype = compute_dtype(finetuned, base)
     value = (finetuned.to(dtype) - base.to(dtype)).contiguous()
     total = value.new_zeros((), dtype=torch.float64)
-    for piece in torch.split(value.view(-1), _PIECE):
+    nonfinite = value.new_zeros((), dtype=torch.int64)
+    for piece in torch.split(value.view(-1), _PIECE_CPU if value.is_cpu else _PIECE):
         total += piece.double().square().sum()
-    return value, total, value.isfinite().logical_not().sum()
+        nonfinite += piece.numel() - piece.isfinite().count_nonzero()
+    return value, total, nonfinite
 
 
 @implements("delta", "native", devices=("cpu",))
@@ -86,8 +88,8 @@ def delta(finetuned: torch.Tensor, base: torch.Tensor) -> Delta:
         ValueError: shapes or devices differ.
 
     Accuracy:
-        The difference is rounded once. The squares are summed in float64, in an order that does not depend on
-        the number of threads.
+        The difference is rounded once. The squares are summed in float64; natively in an order that does not
+        depend on the number of threads.
 
     Differentiable:
         No: backward raises NotImplementedError.

@@ -62,10 +62,12 @@ def _lowrank_add_torch(
     return updated.to(out_dtype or base.dtype)
 
 
-_PANEL = 1 << 18
+# Entries of the product formed at a time: 8 MB stay in the last-level cache until they are added, and a panel
+# has rows enough that the GEMM does not notice. No float32 copy of the whole matrix exists.
+_PANEL = 1 << 21
 
 
-@implements("lowrank_add", "native", devices=("cpu",), dtypes=(torch.bfloat16, torch.float16, torch.float32))
+@implements("lowrank_add", "native", devices=("cpu",), dtypes=(torch.bfloat16, torch.float16))
 def _lowrank_add_native(
     base: torch.Tensor,
     left: torch.Tensor,
@@ -99,7 +101,9 @@ def lowrank_add(
     scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Computes W = base + scale · left rightᵀ in one dtype and rounds once to another.
+    """Computes W = base + scale · left rightᵀ, rounded once to the dtype of the result.
+
+    One GEMM; for a bfloat16 or float16 base by panels of rows, each added and rounded while it is in cache.
 
     Args:
         base: (m, n), any floating dtype.

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import dirmerge
+from dirmerge import backends, ops
+
+NATIVE_MISSING = isinstance(backends.native_build_info(), str)
+needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is not built")
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An op whose implementations return their names; its native one takes float32 on a CPU only."""
+    monkeypatch.setattr(backends, "_implementations", {})
+    monkeypatch.setattr(backends, "_native", object())
+    backends._select.cache_clear()
+
+    @backends.implements("probe", "torch")
+    def _torch() -> str:
+        return "torch"
+
+    @backends.implements("probe", "native", devices=("cpu",), dtypes=(torch.float32,))
+    def _native() -> str:
+        return "native"
+
+    yield "probe"
+    backends._select.cache_clear()
+
+
+def chosen(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    name: str = backends.select(op, torch.device(device), dtype)()
+    return name
+
+
+def test_auto_takes_the_first_that_can(probe: str) -> None:
+    assert chosen(probe) == "native"
+    assert chosen(probe, dtype=torch.float64) == "torch"
+    assert chosen(probe, device="cuda") == "torch"
+
+
+def test_a_forced_backend_is_taken_and_given_back(probe: str) -> None:
+    with backends.backend("torch"):
+        assert chosen(probe) == "torch"
+        with backends.backend("native"):
+            assert chosen(probe) == "native"
+        assert chosen(probe) == "torch"
+    with pytest.raises(KeyError), backends.backend("torch"):
+        raise KeyError
+    assert chosen(probe) == "native"
+
+
+def test_a_forced_backend_that_is_missing_says_why(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with backends.backend("native"):
+        with pytest.raises(RuntimeError, match="takes float32, not float64"):
+            chosen(probe, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="runs on cpu, not on cuda"):
+            chosen(probe, device="cuda")
+        with pytest.raises(RuntimeError, match="other has no native kernel"):
+            chosen("other")
+        monkeypatch.setattr(backends, "_native", None)
+        monkeypatch.setattr(backends, "_native_missing", "no compiler")
+        backends._select.cache_clear()
+        with pytest.raises(RuntimeError, match=r'backend\("native"\) was asked for, but no compiler'):
+            chosen(probe)
+    assert chosen(probe) == "torch"
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with (
+        pytest.raises(ValueError, match="must be one of auto, native, torch, got 'cuda'"),
+        backends.backend("cuda"),
+    ):
+        pass
+
+
+def test_the_choice_stays_in_its_thread(probe: str) -> None:
+    seen: list[str] = []
+    with backends.backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(chosen(probe)))
+        thread.start()
+        thread.join()
+    assert seen == ["native"]
+
+
+def test_the_table_has_every_op_and_dtype_and_the_reason_for_torch() -> None:
+    rows = {(row.op, row.dtype): row for row in backends.table() if row.device == "cpu"}
+    assert set(rows) == {(op, dtype) for op in set(ops.__all__) - {"Delta"} for dtype in backends.FLOATING}
+    for row in rows.values():
+        assert (row.implementation == "torch") == bool(row.reason)
+    assert rows["etf_project", torch.float32].reason == "etf_project has no native kernel"
+
+
+def test_the_table_says_what_runs() -> None:
+    for row in backends.table():
+        if row.device == "cpu":
+            function = backends.select(row.op, torch.device("cpu"), row.dtype)
+            assert function is backends.implementations(row.op)[row.implementation].function
+
+
+@needs_native
+def test_build_info_names_version_and_compiler() -> None:
+    info = backends.native_build_info()
+    assert isinstance(info, dict)
+    assert info["version"] == dirmerge.__version__
+    assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang", "MSVC")
+    assert info["runs_on"] in info["built_for"].split()
+
+
+WITHOUT_NATIVE = """
+import importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "dirmerge._C" else find(name, package)
+from dirmerge import backends, ops
+reason = backends.native_build_info()
+assert isinstance(reason, str) and "C++17 compiler" in reason and "DIRMERGE_NATIVE" in reason, reason
+a, b = torch.randn(2, 20, 30)
+assert torch.equal(ops.delta(a, b).value, a - b)
+assert torch.equal(ops.lowrank_add(a.bfloat16(), a[:, :2], torch.zeros(30, 2)), a.bfloat16())
+assert {row.implementation for row in backends.table()} == {"torch"}
+try:
+    with backends.backend("native"):
+        ops.delta(a, b)
+except RuntimeError as error:
+    assert reason in str(error)
+else:
+    raise SystemExit("a missing backend did not raise")
+"""
+
+
+def test_everything_works_without_the_native_library() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NATIVE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
+class TestNumPy:
+    """dirmerge._C takes NumPy arrays as they are, and refuses what it cannot read."""
+
+    def test_delta(self) -> None:
+        C = backends.native()
+        finetuned = np.random.randn(5, 7).astype(np.float16)
+        base = np.random.randn(5, 7).astype(np.float32)
+        value = np.full((5, 7), np.nan, dtype=np.float32)
+        total, nonfinite = C.delta(finetuned, base, value, threads=1)
+        np.testing.assert_array_equal(value, finetuned.astype(np.float32) - base)
+        assert total == pytest.approx((value.astype(np.float64) ** 2).sum(), rel=1e-14)
+        assert nonfinite == 0
+
+    def test_kth_largest_magnitude(self) -> None:
+        x = np.random.randn(3, 50)
+        result = np.empty(3)
+        backends.native().kth_largest_magnitude(x, 7, result, threads=1)
+        np.testing.assert_array_equal(result, np.sort(np.abs(x), axis=1)[:, -7])
+
+    def test_elect_merge(self) -> None:
+        x = np.array([[[1.0, 2], [3, 4]], [[-2, 2], [1, 4]]], dtype=np.float32)
+        result = np.full((2, 2), np.nan, dtype=np.float32)
+        backends.native().elect_merge(x, None, [1.0, 1.0], [1, 1], result, threads=1)
+        np.testing.assert_array_equal(result, [[-2, 0], [0, 4]])
+
+    def test_lowrank_add(self) -> None:
+        base = np.random.randn(6, 9).astype(np.float16)
+        update = np.random.randn(6, 9).astype(np.float32)
+        result = np.empty((6, 9), dtype=np.float16)
+        backends.native().lowrank_add(base, update, 2.0, result, threads=1)
+        np.testing.assert_array_equal(result, (base + 2 * update).astype(np.float16))
+
+    def test_arrays_that_do_not_fit_are_refused(self) -> None:
+        C = backends.native()
+        x = np.zeros((4, 6), dtype=np.float32)
+        out = np.zeros((4, 6), dtype=np.float32)
+        with pytest.raises(ValueError, match="delta: finetuned and base must have the same shape"):
+            C.delta(x, x[:3], out, threads=1)
+        with pytest.raises(ValueError, match="delta: finetuned and base must be contiguous"):
+            C.delta(x[:, ::2], x[:, ::2], out[:, ::2], threads=1)
+        with pytest.raises(ValueError, match="delta: the output has the wrong shape"):
+            C.delta(x, x, out[:3], threads=1)
+        with pytest.raises(ValueError, match="delta: the output has the wrong dtype"):
+            C.delta(x, x, out.astype(np.float64), threads=1)
+        out.flags.writeable = False
+        with pytest.raises(ValueError, match="delta: the output must be writable"):
+            C.delta(x, x, out, threads=1)
+        with pytest.raises(ValueError, match="k must be from 1 to the size"):
+            C.kth_largest_magnitude(x, 7, np.zeros(4, dtype=np.float32), threads=1)
+        square = np.zeros((1, 4, 4), dtype=np.float32)
+        with pytest.raises(ValueError, match="blocks must be sizes that sum to K"):
+            C.elect_merge(square, None, None, [2**62, 2**62], np.zeros((4, 4), dtype=np.float32), threads=1)
+        with pytest.raises(TypeError):
+            C.delta(x.astype(np.int32), x, out, threads=1)
+        with pytest.raises(ValueError, match="lowrank_add: base must be bfloat16 or float16"):
+            C.lowrank_add(x, x, 1.0, np.zeros((4, 6), dtype=np.float32), threads=1)
