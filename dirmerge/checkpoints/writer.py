@@ -5,6 +5,7 @@ Nothing is written into the output folder itself: all goes to a hidden sibling, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -143,7 +144,6 @@ class OutputFolder:
                 replaced = self._sibling("replaced")
                 self.out.rename(replaced)
             try:
-                (path / _LOCK).unlink()
                 path.rename(self.out)
             except OSError:
                 if replaced is not None:
@@ -151,6 +151,7 @@ class OutputFolder:
                 raise
             self._path = None
             self._made = []
+            (self.out / _LOCK).unlink(missing_ok=True)
             _fsync(self.out.parent)
             if replaced is not None:
                 # another name, so that a half-removed folder is never restored
@@ -186,7 +187,10 @@ class OutputFolder:
             path = self._sibling("staging")
             path.mkdir()
             self._path = path
-            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                continue  # another process took the empty folder for a leftover
             if _try_lock(lock) and (path / _LOCK).exists():
                 self._lock = lock
             else:
@@ -210,7 +214,9 @@ class OutputFolder:
             try:
                 lock = os.open(entry / _LOCK, os.O_RDWR | os.O_CLOEXEC)
             except OSError:
-                continue  # just being made, or not ours to open
+                with contextlib.suppress(OSError):
+                    entry.rmdir()  # its process was killed before it made the lock, or is about to
+                continue
             try:
                 if _try_lock(lock):
                     shutil.rmtree(entry, ignore_errors=True)
