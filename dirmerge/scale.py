@@ -13,6 +13,9 @@ def alignment_terms(tasks: Tasks, merged: MergedDelta, seed: int = 0) -> tuple[f
     whole model the numerators and the denominators are summed first, so that one λ = target / a(D) serves
     all parameters.
 
+    Tasks count alike whatever their weight, so that equal factors on all weights cancel; those of weight 0
+    do not count.
+
     Args:
         tasks: the deltas that were merged.
         merged: their merged update D.
@@ -25,24 +28,27 @@ def alignment_terms(tasks: Tasks, merged: MergedDelta, seed: int = 0) -> tuple[f
         this project: raw λ spans a factor of eight between methods, a(λD) at the best λ hardly moves within
         one setting.
     """
+    present = [t for t, weight in enumerate(merged.record.weights) if weight != 0]
+    tasks = tasks.subset(present)
     factors = merged.factors
     wanted = kept_ranks(tasks)
-    if factors is None or any(have < want for have, want in zip(factors.ranks, wanted, strict=False)):
-        factors = factor_tasks(tasks, [1.0] * len(tasks), wanted, "auto", 1e-2, seed)
+    if factors is None or any(have < want for have, want in zip(factors.asked, wanted, strict=True)):
+        factors = factor_tasks(tasks, wanted, "auto", 1e-2, seed)
     return _terms(factors, wanted, merged)
 
 
 def _terms(factors: Factors, ranks: list[int], merged: MergedDelta) -> tuple[float, float]:
+    if isinstance(merged.value, LowRank):
+        value = merged.value
+        left, right = factors.u.mT @ value.left, factors.v.mT @ value.right
+        diagonal = ((left if value.core is None else left @ value.core) * right).sum(1)
+    else:
+        diagonal = ((factors.u.mT @ merged.value) * factors.v.mT).sum(1)
     numerator = denominator = 0.0
-    factored = merged.value.folded() if isinstance(merged.value, LowRank) else None
-    for u, s, v, rank in zip(factors.u, factors.s, factors.v, ranks, strict=False):
-        u, s, v = u[:, :rank], s[:rank], v[:, :rank]
-        if factored is not None:
-            diagonal = ((u.mT @ factored[0]) * (v.mT @ factored[1])).sum(1)
-        else:
-            diagonal = ((merged.dense().mT @ u) * v).sum(0)
-        numerator += float((s.double() * diagonal.double()).sum())
-        denominator += float(s.double().square().sum())
+    for block, s, rank in zip(factors.blocks(), factors.s, ranks, strict=True):
+        leading = s[:rank].double()
+        numerator += float((leading * diagonal[block][:rank].double()).sum())
+        denominator += float(leading.square().sum())
     return numerator, denominator
 
 

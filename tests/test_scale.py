@@ -51,6 +51,16 @@ def test_one_task_is_reproduced_by_its_own_update(generator):
     assert numerator == pytest.approx(denominator)
 
 
+def test_weights_do_not_enter_but_absence_does(generator):
+    deltas = [torch.randn(18, 24, generator=generator, dtype=torch.float64) for _ in range(3)]
+    for method in ("tsv_m", "dc_merge", "task_arithmetic"):
+        alone = dirmerge.merge_deltas(deltas[:2], method, alignment=0.5)
+        absent = dirmerge.merge_deltas(deltas, method, alignment=0.5, weights=[1, 1, 0])
+        doubled = dirmerge.merge_deltas(deltas, method, alignment=0.5, weights=[2, 2, 0])
+        assert torch.allclose(absent.dense(), alone.dense(), atol=1e-9)
+        assert torch.allclose(doubled.dense(), alone.dense(), atol=1e-9)
+
+
 def test_scale_for_edges():
     assert scale_for(2.0, 4.0, 0.5) == pytest.approx(1.0)
     assert scale_for(0.0, 0.0, 0.5) == 1.0

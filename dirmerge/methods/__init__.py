@@ -88,7 +88,9 @@ def merge_tasks(
     present = [t for t, w in enumerate(numbers) if w != 0]
     if len(present) < len(tasks):
         tasks, numbers = tasks.subset(present), [numbers[t] for t in present]
-    return chosen.function(tasks, numbers, seed=seed, **checked)
+    merged = chosen.function(tasks, numbers, seed=seed, **checked)
+    merged.record.weights = [float(w) for w in weights]
+    return merged
 
 
 def merge_deltas(

@@ -80,6 +80,7 @@ class MergeRecord:
         method: name of the method.
         options: the options it ran with, defaults filled in.
         shape: of the parameter.
+        weights: one per task; a task of weight 0 took no part.
         ranks: per task the directions kept; empty for methods that keep none apart.
         rank: of the factored result, None for a dense one.
         energy: per task Σ s² of the kept directions over ‖D_t‖²_F.
@@ -92,6 +93,7 @@ class MergeRecord:
     method: str
     options: dict[str, Any]
     shape: tuple[int, ...]
+    weights: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     rank: int | None = None
     energy: list[float] = field(default_factory=list)
@@ -107,17 +109,21 @@ class MergeRecord:
 
 @dataclass(eq=False)
 class Factors:
-    """Leading singular triplets per task, weights multiplied into s, null directions left out.
+    """Leading singular triplets of all tasks, null directions left out.
 
     Attributes:
-        u: per task (m, r_t). s: per task (r_t,). v: per task (n, r_t).
+        u: (m, K) left bases of all tasks side by side, K = Σ r_t.
+        s: per task (r_t,).
+        v: (n, K) right bases.
+        asked: per task the directions asked for; fewer stand in s where the task has no more.
         energy: per task the captured energy.
         notes: how they were found.
     """
 
-    u: list[Tensor]
+    u: Tensor
     s: list[Tensor]
-    v: list[Tensor]
+    v: Tensor
+    asked: list[int]
     energy: list[float]
     notes: list[str]
 
@@ -125,6 +131,10 @@ class Factors:
     def ranks(self) -> list[int]:
         """Directions kept per task."""
         return [len(s) for s in self.s]
+
+    def weighted(self, weights: Sequence[float]) -> Tensor:
+        """Returns (K,) all singular values, each task's multiplied by its weight."""
+        return torch.cat([s * w for s, w in zip(self.s, weights, strict=True)])
 
     def blocks(self) -> list[slice]:
         """Returns each task's columns in the stacked bases."""
@@ -188,7 +198,6 @@ def kept_ranks(tasks: Tasks, rank: int | None = None) -> list[int]:
 
 def factor_tasks(
     tasks: Tasks,
-    weights: Sequence[float],
     ranks: Sequence[int],
     svd: SVDMethod,
     svd_tolerance: float,
@@ -198,10 +207,11 @@ def factor_tasks(
 
     Directions at the level of rounding are left out: they are noise of the decomposition, not of the task.
     """
-    factors = Factors([], [], [], [], [])
+    m, n = tasks.shape
+    factors = Factors(torch.empty(0), [], torch.empty(0), list(ranks), [], [])
     methods: set[str] = set()
-    iterations = 0
-    for t, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
+    iterations = size = 0
+    for t, rank in enumerate(ranks):
         delta = tasks[t]
         if isinstance(delta, LowRank):
             triplets = delta.svd()
@@ -220,21 +230,26 @@ def factor_tasks(
         factors.energy.append(float(kept.energy))
         if keep < rank:
             factors.notes.append(f"{tasks.names[t]}: only {keep} of {rank} directions stand above rounding")
-        factors.u.append(kept.u)
-        factors.s.append(kept.s * weight)
-        factors.v.append(kept.v)
+        if t == 0:
+            factors.u = kept.u.new_empty(m, sum(ranks))
+            factors.v = kept.v.new_empty(n, sum(ranks))
+        factors.u[:, size : size + keep] = kept.u
+        factors.v[:, size : size + keep] = kept.v
+        factors.s.append(kept.s)
+        size += keep
+    factors.u, factors.v = factors.u[:, :size], factors.v[:, :size]
     if "randomized" in methods:
         factors.notes.append(f"randomized SVD, at most {iterations} power iterations")
     return factors
 
 
-def cover_space(bases: Sequence[Tensor], svd: SVDMethod, side: str, record: MergeRecord) -> Tensor:
+def cover_space(bases: Tensor, svd: SVDMethod, side: str, record: MergeRecord) -> Tensor:
     """Computes polar([U_1 … U_T]), the orthonormal frame nearest to all task bases at once.
 
     Directions that the stacked bases do not span (a task merged with itself, say) stay zero instead of being
     completed by arbitrary ones, which would enter the merged update as noise.
     """
-    found = polar(torch.cat(list(bases), dim=1), "exact" if svd == "exact" else "auto", complete=False)
+    found = polar(bases, "exact" if svd == "exact" else "auto", complete=False)
     if found.fallback is not None:
         record.fallbacks.append(f"{side} cover space: {found.fallback}; exact form used")
     full = min(found.q.shape)
@@ -264,7 +279,7 @@ def _low_rank(delta: Delta) -> LowRank:
 
 def empty_result(tasks: Tasks, record: MergeRecord, factors: Factors) -> MergedDelta:
     """Returns the zero update of a parameter that no task changes."""
-    sample = factors.u[0]
+    sample = factors.u
     record.rank = 0
     record.notes.append("no task changes this parameter")
     m, n = tasks.shape

@@ -82,7 +82,7 @@ def dc_merge(
         smoothing = "average" if tasks.low_rank else "none"
     options = {"rank": rank, "smoothing": smoothing, "keep": keep, "svd": svd, "svd_tolerance": svd_tolerance}
     record = MergeRecord("dc_merge", options | ({"rho": rho} if smoothing == "linear" else {}), tasks.shape)
-    factors = factor_tasks(tasks, [1.0] * len(tasks), kept_ranks(tasks, rank), svd, svd_tolerance, seed)
+    factors = factor_tasks(tasks, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
     size = sum(factors.ranks)
     if size == 0:
@@ -98,8 +98,8 @@ def dc_merge(
     # and its blocks are kept.
     kept = left.new_empty(len(tasks), sum(rank * rank for rank in factors.ranks))
     thresholds = left.new_empty(len(tasks))
-    left_coordinates = left.mT @ torch.cat(factors.u, dim=1)
-    right_coordinates = right.mT @ torch.cat(factors.v, dim=1)
+    left_coordinates = left.mT @ factors.u
+    right_coordinates = right.mT @ factors.v
     for t, (own, s) in enumerate(zip(blocks, factors.s, strict=True)):
         coordinates = (left_coordinates[:, own] * balanced(s, smoothing, rho)) @ right_coordinates[:, own].mT
         thresholds[t] = kth_largest_magnitude(coordinates.unsqueeze(0), count)[0]

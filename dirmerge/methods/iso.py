@@ -173,8 +173,8 @@ def iso_cts(
     if spectrum.numel() == 0:
         m, n = tasks.shape
         return MergedDelta(LowRank(head.u.new_zeros(m, 0), None, head.v.new_zeros(n, 0)), record)
-    left = cover_space([*us, head.u], svd, "left", record)
-    right = cover_space([*vs, head.v], svd, "right", record)
+    left = cover_space(torch.cat([*us, head.u], dim=1), svd, "left", record)
+    right = cover_space(torch.cat([*vs, head.v], dim=1), svd, "right", record)
     return MergedDelta(LowRank(left * spectrum.mean(), None, right), record)
 
 

@@ -73,7 +73,7 @@ def mda(
     share = rank if rank is not None else max(1, math.floor((fraction or 1 / len(tasks)) * m + 1e-9))
     own = rank is None and fraction is None
     ranks = [min(cap, r if own and r is not None else min(share, r or share)) for r in tasks.ranks]
-    factors = factor_tasks(tasks, weights, ranks, svd, svd_tolerance, seed)
+    factors = factor_tasks(tasks, ranks, svd, svd_tolerance, seed)
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
     k = sum(factors.ranks)
     if k == 0:
@@ -81,9 +81,9 @@ def mda(
     left = cover_space(factors.u, svd, "left", record)
     right = cover_space(factors.v, svd, "right", record)
     # The shared frame loses the direction Q 1, which depends on the signs that an SVD leaves open: fix them.
-    signs = torch.cat([_signs(u) for u in factors.u])
+    signs = _signs(factors.u)
     left, right = left * signs, right * signs
-    s = torch.cat(factors.s)
+    s = factors.weighted(weights)
     record.rank = k
     if (k if frame == "shared" else min(m, k)) < 2:
         record.notes.append("a simplex ETF needs two vertices; the shared subspace is returned as it is")
@@ -99,8 +99,6 @@ def mda(
 
 def _signs(u: torch.Tensor) -> torch.Tensor:
     """(r,) the sign of each column's largest entry, so that a singular vector has one orientation."""
-    if u.shape[1] == 0:
-        return u.new_zeros(0)
     return u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0).sign()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from dirmerge.linalg import SVDMethod
@@ -53,11 +52,11 @@ def tsv_m(
         Gargiulo et al., Task Singular Vectors, CVPR 2025.
     """
     record = MergeRecord("tsv_m", {"rank": rank, "svd": svd, "svd_tolerance": svd_tolerance}, tasks.shape)
-    factors = factor_tasks(tasks, weights, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
+    factors = factor_tasks(tasks, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
     if sum(factors.ranks) == 0:
         return empty_result(tasks, record, factors)
     left = cover_space(factors.u, svd, "left", record)
     right = cover_space(factors.v, svd, "right", record)
     record.rank = left.shape[1]
-    return MergedDelta(LowRank(left * torch.cat(factors.s), None, right), record, factors)
+    return MergedDelta(LowRank(left * factors.weighted(weights), None, right), record, factors)
