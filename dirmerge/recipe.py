@@ -182,7 +182,7 @@ def _parse_setting(value: object) -> Setting:
 ParameterSetting = Annotated[Setting, PlainValidator(_parse_setting)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelRef:
     """One input: `path`, `path@revision`, `path+adapter`, an adapter's folder, or a state dict in memory."""
 
@@ -544,7 +544,7 @@ class Recipe(_Strict):
     def _task_parameter_problems(self) -> list[str]:
         problems = []
         for i, entry in enumerate(self.models):
-            if entry.parameters and entry not in self.tasks():
+            if entry.parameters and not any(entry is task for task in self.tasks()):
                 problems.append(f"models[{i}].parameters: the base has no delta, remove its parameters")
         tasks = self.tasks()
         for key in sorted({key for entry in tasks for key in entry.parameters} - {"weight"}):

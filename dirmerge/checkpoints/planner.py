@@ -71,7 +71,7 @@ def _open_inputs(recipe: Recipe, as_adapter: bool) -> tuple[Input | None, list[I
     for i, entry in enumerate(recipe.models):
         if all(entry is not task for task in recipe.tasks()):
             continue
-        tasks.append(_open_task(entry.model, base_path))
+        tasks.append(_open_task(entry.model, f"models[{i}]", base_path))
         if as_adapter and not tasks[-1].adapter_only:
             raise RecipeError(
                 f"{recipe.origin}: models[{i}].model: {entry.model.label} is a full model, and an adapter "
@@ -98,12 +98,12 @@ def _open_base(recipe: Recipe, reference: ModelRef) -> Input:
                 f"{recipe.origin}: base_model: {reference.label} is an adapter, give the model it is for"
             )
         return Input(reference.label, "model", open_checkpoint(path))
-    return Input(reference.label, "state dict", open_checkpoint(reference.source))
+    return Input("base_model", "state dict", open_checkpoint(reference.source))
 
 
-def _open_task(reference: ModelRef, base_path: Path | None) -> Input:
+def _open_task(reference: ModelRef, place: str, base_path: Path | None) -> Input:
     if not isinstance(reference.source, str):
-        return Input(reference.label, "state dict", open_checkpoint(reference.source))
+        return Input(place, "state dict", open_checkpoint(reference.source))
     path = resolve(reference.source)
     if reference.adapter is None:
         if is_adapter(path):
@@ -413,7 +413,8 @@ class _Planner:
             return None
         matrix, slices = _as_matrix(shape, self.method.elementwise)
         active = [source for source in draft.sources if source.weight != 0]
-        flops, peak, rank = self.method.cost(matrix, len(active), [source.rank for source in active], options)
+        ranks = [source.rank for source in active]
+        flops, peak, rank = self.method.cost(matrix, len(active), ranks, {**self.method.options, **options})
         loaded = max(
             (source.dtype.itemsize for source in draft.sources if source.dtype is not None), default=0
         )

@@ -272,24 +272,30 @@ class _Merge:
                 self._add(tensor, index, update, own)
 
     def _add(self, tensor: TensorPlan, index: int | None, update: Update, scale: float) -> None:
-        """Write W_0 + λ D, a chunk of rows at a time."""
-        shape = tensor.shape if index is None else tensor.shape[1:]
+        """Write W_0 + λ D: a chunk of rows at a time, a stack matrix by matrix."""
+        shape = tensor.shape if index is None else (1, *tensor.shape[1:])
+        factors = dense = None
         if isinstance(update, LowRank):
-            left, right = update.folded()
-            for start, stop in _chunks(shape):
-                base = self.read.base(tensor.name, start, stop)
-                value = ops.lowrank_add(base, left[start:stop], right, scale=scale, out_dtype=tensor.dtype)
-                self._put(tensor, value, start)
-            return
-        update = update.reshape(shape)
-        for start, stop in _chunks(shape):
-            first, last = (start, stop) if index is None else (index, index + 1)
-            base = self.read.base(tensor.name, first, last)
-            if index is not None:
-                base = base[0][start:stop]
-            part = update if start is None else update[start:stop]
-            value = torch.add(base.to(part.dtype), part, alpha=scale).to(tensor.dtype)
-            self._put(tensor, value if index is None else value[None], start if index is None else index)
+            factors = update.folded()
+        else:
+            dense = update.reshape(shape)
+        for start, stop in _chunks(tensor.shape) if index is None else [(index, index + 1)]:
+            base = self.read.base(tensor.name, start, stop)
+            if factors is not None:
+                rows = slice(start, stop) if index is None else slice(None)
+                value = ops.lowrank_add(
+                    base if index is None else base[0],
+                    factors[0][rows],
+                    factors[1],
+                    scale=scale,
+                    out_dtype=tensor.dtype,
+                )
+                value = value if index is None else value[None]
+            else:
+                assert dense is not None  # one of the two forms
+                part = dense[start:stop] if index is None and start is not None else dense
+                value = torch.add(base.to(part.dtype), part, alpha=scale).to(tensor.dtype)
+            self._put(tensor, value, start)
 
     def _write_mean(self, tensor: TensorPlan) -> None:
         if self.plan.output == "adapter" and tensor.module is not None:
