@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dirmerge.errors import DirmergeError
+from dirmerge.errors import DirmergeError, OutputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ app = typer.Typer(
     name="dirmerge",
     help="Merge fine-tuned models by their directions: DC-Merge, MDA and their baselines.",
     epilog="Exit codes: 0 done, 1 a bug, 2 wrong command line, 3 recipe, 4 unreadable input, "
-    "5 inputs that do not fit together, 6 output, 7 NaN or Inf.",
+    "5 inputs that do not fit together, 6 output, 7 NaN or Inf, 8 a download of the demo.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -115,6 +115,8 @@ def merge(
         from dirmerge.engine import local
         from dirmerge.recipe import Recipe, parse_size
 
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise OutputError(f"{out}: exists and is not empty; choose another folder or pass --overwrite")
         loaded = Recipe.load(recipe)
         if shard_size is not None:
             try:
@@ -155,7 +157,13 @@ def doctor(
     )
     native = report.native if isinstance(report.native, dict) else {"missing": report.native}
     console.print(_table("Native library", ["", ""], [[key, str(value)] for key, value in native.items()]))
-    rows = [list(row) for row in report.backends]
+    grouped: dict[tuple[str, str, str, str], list[str]] = {}
+    for op, device, dtype, implementation, reason in report.backends:
+        grouped.setdefault((op, device, implementation, reason), []).append(dtype)
+    rows = [
+        [op, device, ", ".join(dtypes), implementation, reason]
+        for (op, device, implementation, reason), dtypes in grouped.items()
+    ]
     console.print(_table("Backends", ["op", "device", "dtype", "runs", "because"], rows))
     console.print(f"threads: {report.threads}")
     for line in report.advice:
@@ -181,14 +189,13 @@ def demo(
     with _errors(LogKind.text):
         try:
             from dirmerge.demo import run
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == "dirmerge":
-                raise
-            typer.echo(f"the demo needs {error.name}: pip install 'dirmerge[demo]'", err=True)
-            raise typer.Exit(1) from error
-        try:
+
             run.main(out, tasks=task, methods=method, texts=texts)
         except ModuleNotFoundError as error:
+            from dirmerge.doctor import DEMO
+
+            if (error.name or "").split(".")[0] not in DEMO:
+                raise
             typer.echo(f"the demo needs {error.name}: pip install 'dirmerge[demo]'", err=True)
             raise typer.Exit(1) from error
 
@@ -247,7 +254,8 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("merge", total=1.0, tensors="0", bytes="")
 
         def update(step: Any) -> None:

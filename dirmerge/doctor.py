@@ -56,10 +56,7 @@ def examine() -> Report:
     ]
     advice = []
     if isinstance(native, str):
-        advice.append(
-            f"native kernels are missing ({native}): everything works and some steps are slower; install a "
-            "C++ compiler and reinstall with DIRMERGE_NATIVE=require to see why a build fails"
-        )
+        advice.append(f"without native kernels everything works and some steps are slower: {native}")
     if not torch.cuda.is_available():
         advice.append("no CUDA device is visible to torch: everything runs on the CPU")
     missing = [name for name in DEMO if versions[name] is None]
