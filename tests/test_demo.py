@@ -454,6 +454,8 @@ def test_recipe_names_the_method_base_and_adapters():
     assert recipe["merge_method"] == "tsv_m"
     assert recipe["base_model"] == "base"
     assert [Path(entry["model"]).name for entry in recipe["models"]] == ["movie", "city"]
+    assert "parameters" not in recipe
+    assert run.recipe("wudi", Path("base"), ["movie", "city"])["parameters"] == {"solver": "exact"}
 
 
 @pytest.mark.parametrize(

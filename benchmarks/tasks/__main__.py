@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from benchmarks.tasks import debian, report
 from benchmarks.tasks.sweep import (
     ADAPTER_VARIANTS,
-    TARGETS,
     VARIANTS,
     FineTunes,
     evaluate,
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", help="only these rows of the tables; default all")
-    parser.add_argument("--validation-texts", type=int, default=200, help="per task, for the scan of λ")
+    parser.add_argument("--validation-texts", type=int, default=120, help="per task, for the scan of λ")
     parser.add_argument("--test-texts", type=int, default=600, help="per task")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -118,8 +117,7 @@ def _measure(
             curve = []
             best = 1.0
             if method != "average":
-                targets = TARGETS[kind]
-                curve = scan(model, base, update, targets, validation, own_accuracy, bf16=bf16)
+                curve = scan(model, base, update, kind, validation, own_accuracy, bf16=bf16)
                 best = max(curve, key=lambda row: row["normalised"])["scale"]
             set_weights(model, base, update, best)
             return {

@@ -119,27 +119,23 @@ def _pooled(errors: list[float]) -> float:
 
 
 def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The mean over seeds at the targets that every seed measured."""
+    tables = [{row["alignment"]: row for row in curve} for curve in curves]
+    targets = sorted(set.intersection(*(set(table) for table in tables)))
     keys = ("alignment", "scale", "normalised")
-    points = zip(*curves, strict=True)
-    return [{key: sum(point[key] for point in rows) / len(rows) for key in keys} for rows in points]
+    return [{k: sum(table[t][k] for table in tables) / len(tables) for k in keys} for t in targets]
 
 
 def regrets(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     """What one common alignment target costs on the validation texts, against each method's own best scale.
 
-    Task arithmetic and ties, sums that were never made orthogonal, are left out of the mean and the largest.
+    Only targets that were measured for every method; the average, which has no scale, is left out.
     """
-    sums = ("task_arithmetic", "ties")
-    curves = [row["curve"] for row in rows if row["curve"] and row["method"] not in sums]
+    curves = [{p["alignment"]: p["normalised"] for p in row["curve"]} for row in rows if row["curve"]]
     table = []
-    for position in zip(*curves, strict=True):
-        losses = [
-            max(point["normalised"] for point in curve) - point["normalised"]
-            for curve, point in zip(curves, position, strict=True)
-        ]
-        table.append(
-            {"alignment": position[0]["alignment"], "mean": sum(losses) / len(losses), "largest": max(losses)}
-        )
+    for target in sorted(set.intersection(*(set(curve) for curve in curves))):
+        losses = [max(curve.values()) - curve[target] for curve in curves]
+        table.append({"alignment": target, "mean": sum(losses) / len(losses), "largest": max(losses)})
     return table
 
 
@@ -153,7 +149,7 @@ fine-tuning seeds; differences are paired, text by text.
 """
 REGRET = """
 Validation accuracy lost by one common alignment target, in points of normalised accuracy, against each
-method's own best (task arithmetic, ties and the average left out):
+method's own best, where all methods were measured (the average has no scale):
 """
 
 

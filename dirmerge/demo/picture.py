@@ -10,7 +10,7 @@ LABELS = {
     "average": "Average",
     "task_arithmetic": "Task Arithmetic",
     "ties": "TIES",
-    "wudi": "WUDI",
+    "wudi": "WUDI (exact)",
     "tsv_m": "TSV-M",
     "mda": "MDA",
     "iso_c": "Iso-C",
