@@ -22,7 +22,7 @@ struct Float16 {
     std::uint16_t bits;
 };
 
-inline std::size_t size_of(DType dtype) {
+static inline std::size_t size_of(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 

@@ -27,11 +27,13 @@ constexpr U magnitude_mask = static_cast<U>(~U{0}) >> 1;
 
 // Counts the digits at `shift` of the entries in range. Once `k` entries at or above a digit are seen,
 // entries below it cannot be the k-th largest, and whole groups of them are skipped: with a small k nearly
-// all are.
+// all are. Odd entries are counted apart: neighbours often share a digit, and their increments would wait for
+// each other.
 template <typename U>
 void count_digits(const U* x, std::int64_t count, Range<U> range, int shift, std::int64_t k,
                   std::int64_t* counts) {
-    for (std::int64_t i = 0; i < bins; ++i) counts[i] = 0;
+    std::int64_t odd_counts[bins] = {};
+    for (std::int64_t d = 0; d < bins; ++d) counts[d] = 0;
     const U top = range.low + range.width_minus_1;
     U bound = range.low;
     for (std::int64_t start = 0; start < count; start += piece) {
@@ -44,14 +46,20 @@ void count_digits(const U* x, std::int64_t count, Range<U> range, int shift, std
                 any |= static_cast<U>(bits >= bound && bits <= top);
             }
             if (!any) continue;
-            for (int l = 0; l < group; ++l) {
-                const U bits = x[i + l] & magnitude_mask<U>;
-                if (bits >= bound && bits <= top) ++counts[(bits - range.low) >> shift];
+            for (int l = 0; l < group; l += 2) {
+                const U even = x[i + l] & magnitude_mask<U>;
+                const U odd = x[i + l + 1] & magnitude_mask<U>;
+                if (even >= bound && even <= top) ++counts[(even - range.low) >> shift];
+                if (odd >= bound && odd <= top) ++odd_counts[(odd - range.low) >> shift];
             }
         }
         for (; i < stop; ++i) {
             const U bits = x[i] & magnitude_mask<U>;
             if (bits >= bound && bits <= top) ++counts[(bits - range.low) >> shift];
+        }
+        for (std::int64_t d = 0; d < bins; ++d) {
+            counts[d] += odd_counts[d];
+            odd_counts[d] = 0;
         }
         std::int64_t above = 0;
         for (std::int64_t d = bins - 1; d >= 0; --d) {
