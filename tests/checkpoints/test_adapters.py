@@ -143,6 +143,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "conv1d": (gpt2, {"r": 3, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d, unstated": (gpt2, {"r": 3, "target_modules": ["c_attn", "c_proj"]}),
+    "conv1d, square only": (gpt2, {"r": 3, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
     "embedding": (bert, {"r": 3, "target_modules": ["word_embeddings", "query"]}),
     "embedding with its copy": (llama, {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
     "modules to save": (
@@ -305,6 +306,15 @@ class TestOrientation:
         )
         with pytest.raises(MismatchError, match=r"- transformer\.h\.0\.attn\.c_proj: is square"):
             adapter.orient({name: value.shape for name, value in base.items()})
+
+    def test_square_ones_follow_the_others(self, tmp_path: Path) -> None:
+        updates = write_adapter_folder(tmp_path, {"wide": (4, 6), "square": (5, 5)})
+        oriented = open_adapter(tmp_path).orient({"wide.weight": (6, 4), "square.weight": (5, 5)})
+        for target in oriented.targets.values():
+            assert target.kind == "conv1d"
+            torch.testing.assert_close(target.read().dense().double().mT, updates[target.name])
+        unknown = open_adapter(tmp_path).orient({})
+        assert {target.kind for target in unknown.targets.values()} == {"linear"}
 
     def test_all_mismatches_are_listed(self, tmp_path: Path) -> None:
         write_adapter_folder(tmp_path, {"a": (4, 6), "b": (4, 6), "c": (4, 6)})

@@ -127,6 +127,7 @@ HOSTILE = {
     "empty file": (b"", "cannot hold a header"),
     "seven bytes": (b"\1\0\0\0\0\0\0", "cannot hold a header"),
     "length beyond the file": (pack({"a": ENTRY}, bytes(24), length=10_000), "truncated"),
+    "length just below the limit": (pack({"a": ENTRY}, bytes(24), length=99_999_999), "truncated"),
     "absurd length": (pack({"a": ENTRY}, bytes(24), length=2**63), "claims a header of"),
     "length over the limit": (pack({}, length=100_000_001), "the limit is 100000000"),
     "not json": (pack(b"{not json}"), "malformed JSON"),
@@ -167,6 +168,10 @@ HOSTILE = {
     "huge size": (pack({"a": ENTRY | {"shape": [2**70]}}, bytes(24)), "64-bit"),
     "many dimensions": (pack({"a": ENTRY | {"shape": [1] * 1000}}, bytes(24)), "at most 64"),
     "size does not fit shape": (pack({"a": ENTRY | {"shape": [2, 4]}}, bytes(24)), "needs 32 bytes, has 24"),
+    "more bytes than shape": (
+        pack({"a": ENTRY | {"data_offsets": [0, 28]}}, bytes(28)),
+        "needs 24 bytes, has 28",
+    ),
     "offsets reversed": (pack({"a": ENTRY | {"data_offsets": [24, 0]}}, bytes(24)), "claims the bytes 24:0"),
     "offsets beyond the file": (pack({"a": ENTRY}, bytes(23)), "claims the bytes 0:24 of 23"),
     "negative offset": (
@@ -203,7 +208,7 @@ class TestHostileFiles:
         assert message in str(caught.value)
 
     def test_no_memory_for_lies(self, tmp_path: Path) -> None:
-        # 2 GiB of address space beyond what is mapped: any allocation that believes a number above fails.
+        # 64 MiB of address space beyond what is mapped: any allocation that believes a number above fails.
         path = tmp_path / "evil.safetensors"
         lies = [data for data, _ in HOSTILE.values()]
         script = (
@@ -212,7 +217,7 @@ class TestHostileFiles:
             "from dirmerge.checkpoints.safetensors_io import read_header\n"
             "from dirmerge.errors import CheckpointError\n"
             "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), resource.RLIM_INFINITY))\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))\n"
             "for path in sys.argv[1:]:\n"
             "    try:\n"
             "        read_header(path)\n"

@@ -261,6 +261,14 @@ class TestKilled:
         write_new(tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_link_is_never_restored(self, tmp_path: Path) -> None:
+        existing(tmp_path / "other")
+        link = tmp_path / ".out.dirmerge-replaced-1-00000000"
+        link.symlink_to("other")
+        write_new(tmp_path / "out")
+        assert link.is_symlink()
+        assert not (tmp_path / "out").is_symlink()
+
     def test_living_process_is_left_alone(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
         process = subprocess.Popen(
