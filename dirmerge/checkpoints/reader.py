@@ -62,15 +62,6 @@ _INPUT_EMBEDDINGS = re.compile(
     r"(.+\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight"
 )
 
-_CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "load = lambda f: torch.load(f, map_location='cpu', weights_only=True); "
-    "flat = lambda d: d.get('state_dict', d); "
-    "name = lambda f: f.rsplit('.', 1)[0].replace('pytorch_model', 'model') + '.safetensors'; "
-    "[save_file({k: v.clone().contiguous() for k, v in flat(load(f)).items()}, name(f), {'format': 'pt'}) "
-    "for f in sys.argv[1:]]"
-)
-
 
 class Checkpoint:
     """A model's tensors, known by their headers and read one at a time.
@@ -156,8 +147,7 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor]) -> Checkpoint:
 
     Args:
         source: a folder in the Hugging Face layout (model.safetensors, or shards with their index), a
-            .safetensors file, or a state
-            dict.
+            .safetensors file, or a state dict.
 
     Returns:
         The checkpoint, with every tensor of every file in it.
@@ -224,8 +214,8 @@ def resolve(source: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{source}: no such file or folder, and as a hub id it is not in the local cache while the hub "
-            f"cannot be reached "
-            f"(offline?): download it first with `hf download {match['id']}`, or give a local path"
+            f"cannot be reached (offline?): download it first with `hf download {match['id']}`, or give a "
+            "local path"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
@@ -235,12 +225,11 @@ def resolve(source: str) -> Path:
 
 def pickle_error(path: Path, files: list[Path]) -> CheckpointError:
     """Returns the error that refuses pickled weights and says how to convert them."""
-    command = f"python -c {shlex.quote(_CONVERT)} {' '.join(shlex.quote(str(file)) for file in files)}"
     names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
+    arguments = " ".join(shlex.quote(str(file)) for file in files)
     return CheckpointError(
-        f"{path}: holds pickled weights only ({names}), which can run code when loaded. Convert them to "
-        f"safetensors beside the "
-        f"originals (PyTorch's weights_only loader runs no code):\n  {command}"
+        f"{path}: holds pickled weights only ({names}), which can run code when loaded. Convert them without "
+        f"running any:\n  python -m dirmerge.checkpoints.convert {arguments}"
     )
 
 

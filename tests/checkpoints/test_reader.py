@@ -246,7 +246,7 @@ class TestPickles:
         assert "can run code when loaded" in message
         assert "training_args" not in message
         command = shlex.split(message.splitlines()[1])
-        assert command[:2] == ["python", "-c"]
+        assert command[:3] == ["python", "-m", "dirmerge.checkpoints.convert"]
         subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
         assert_holds(folder, state)
 
