@@ -49,10 +49,10 @@ _HUB_IGNORED = ["*/*", "consolidated*"]
 
 _QUANTISED_DTYPES = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 _PACKED_DTYPES = {torch.int8, torch.uint8}
-# Companions of quantised weights: GPTQ and AWQ, bitsandbytes, fp8, compressed-tensors, MXFP4.
+# Companions of quantised weights: GPTQ and AWQ, bitsandbytes, fp8, compressed-tensors.
 _QUANTISED_NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_scale|weight_scale_inv|weight_packed|weight_zero_point"
-    r"|input_scale)$|\.quant_state\.|_(blocks|scales)$"
+    r"|input_scale)$|\.quant_state\."
 )
 # Names under which output and input embeddings are stored by models that can tie them.
 _OUTPUT_EMBEDDINGS = re.compile(
@@ -293,7 +293,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     if weights:
         raise CheckpointError(
             f"{folder}: holds {len(weights)} safetensors files and no {INDEX} ({', '.join(weights[:4])}): "
-            f"give the file to use"
+            "give the file to use"
         )
     if ADAPTER_CONFIG in names:
         raise CheckpointError(
@@ -378,28 +378,28 @@ def _refuse_quantised(source: str, config: dict[str, Any] | None, tensors: Mappi
     found = next((info for info in tensors.values() if _looks_quantised(info)), None)
     advice = (
         "merge the original weights instead, or dequantise: load the model with transformers, call "
-        "model.dequantize() and "
-        "save_pretrained() it to a new folder"
+        "model.dequantize() and save_pretrained() it to a new folder"
     )
     if found is not None:
         kind = f" (quant_method {method!r})" if method else ""
         raise CheckpointError(
             f"{source}: is quantised{kind}: tensor {found.name!r} is "
-            f"{str(found.dtype).removeprefix('torch.')}. A merge needs plain "
-            f"floating-point weights: {advice}"
+            f"{str(found.dtype).removeprefix('torch.')}. A merge needs plain floating-point weights: {advice}"
         )
     if method is not None:
         raise CheckpointError(
             f"{source}: config.json says that it is quantised (quant_method {method!r}), its tensors do "
-            f"not look so. If they are "
-            f"plain weights, remove quantization_config from config.json; otherwise {advice}"
+            "not look so. If they are plain weights, remove quantization_config from config.json; "
+            f"otherwise {advice}"
         )
 
 
 def _looks_quantised(info: TensorInfo) -> bool:
     if info.dtype in _QUANTISED_DTYPES or _QUANTISED_NAMES.search(info.name):
         return True
-    return info.dtype in _PACKED_DTYPES and len(info.shape) >= 2 and info.name.endswith(".weight")
+    # MXFP4 experts are stored as …_blocks and …_scales
+    packed = info.name.endswith((".weight", "_blocks", "_scales"))
+    return packed and info.dtype in _PACKED_DTYPES and len(info.shape) >= 2
 
 
 def _tied_by_config(
@@ -420,8 +420,7 @@ def _tied_by_config(
 def _gguf_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path}: GGUF files are (mostly) quantised; use the safetensors checkpoint they were made from, "
-        f"or convert: "
-        "AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(new_folder)"
+        "or convert: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(new_folder)"
     )
 
 

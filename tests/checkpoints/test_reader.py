@@ -273,7 +273,7 @@ class TestQuantised:
             ({}, {"m.weight_scale_inv": torch.zeros(2)}, "'m.weight_scale_inv'"),
             ({}, {"m.weight.absmax": torch.zeros(2)}, "absmax"),
             ({}, {"m.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}, "bitsandbytes__nf4"),
-            ({}, {"experts.gate_up_proj_blocks": torch.zeros(2).byte()}, "gate_up_proj_blocks"),
+            ({}, {"experts.gate_up_proj_blocks": torch.zeros(2, 2).byte()}, "gate_up_proj_blocks"),
             ({"quantization_config": {"quant_method": "fp8"}}, {}, "'fp8'.*remove quantization_config"),
             ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, {}, "'awq'"),
         ],
@@ -290,6 +290,7 @@ class TestQuantised:
             "h.0.attn.bias": torch.ones(1, 1, 4, 4).byte(),
             "embeddings.position_ids": torch.arange(4)[None],
             "mask": torch.ones(4).bool(),
+            "attn.logit_scales": torch.ones(2, 2),
         }
         write_model(tmp_path, state, config={"quantization_config": None})
         assert open_checkpoint(tmp_path).tensors.keys() == state.keys()
