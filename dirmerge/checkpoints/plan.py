@@ -241,12 +241,18 @@ class Plan:
         """The tensors of the output."""
         return [tensor for tensor in self.tensors if tensor.written]
 
+    def bytes_of(self, tensor: TensorPlan) -> int:
+        """Return the size of a tensor in the output: an adapter holds two factors of it."""
+        if self.output == "adapter" and tensor.module is not None and tensor.rank is not None:
+            return tensor.rank * sum(tensor.shape) * tensor.dtype.itemsize
+        return tensor.nbytes
+
     def totals(self) -> dict[str, Any]:
         """Return numbers for the whole plan: tensors by rule, output bytes, FLOPs, peak memory."""
         return {
             "tensors": dict(Counter(tensor.rule for tensor in self.tensors)),
             "parameters": sum(tensor.numel for tensor in self.written),
-            "output_bytes": sum(_output_bytes(tensor, self.output) for tensor in self.written),
+            "output_bytes": sum(self.bytes_of(tensor) for tensor in self.written),
             "flops": sum(tensor.flops for tensor in self.tensors),
             "peak_bytes": max((tensor.peak_bytes for tensor in self.tensors), default=0),
         }
@@ -269,9 +275,3 @@ class Plan:
         for item in self.inputs:
             if item.checkpoint is not None:
                 item.checkpoint.close()
-
-
-def _output_bytes(tensor: TensorPlan, output: str) -> int:
-    if output == "adapter" and tensor.rank is not None:
-        return tensor.rank * sum(tensor.shape) * tensor.dtype.itemsize
-    return tensor.nbytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -333,13 +334,14 @@ class _Planner:
                     return None
                 sources.append(source)
         if len(absent) == len(self.tasks):
-            reason = "no adapter changes it" if self.adapters_only else "no model has it"
-            if chosen is None and not self.adapters_only:
-                if not dtype.is_floating_point:
-                    return replace(draft, rule="identical", why="integers: the base's, no model has them")
-                self._missing(name, absent)
-                return None
-            return replace(draft, rule="base", why=reason)
+            if not dtype.is_floating_point:
+                return replace(draft, rule="identical", why="integers: the base's, no model has them")
+            if self.adapters_only:
+                return replace(draft, rule="base", why="no adapter changes it")
+            if chosen == "present":
+                return replace(draft, rule="base", why=f"{why}: present, no model has it")
+            self._missing(name, absent)
+            return None
         if not dtype.is_floating_point:
             return self._integers(draft, chosen, sources, absent, other_shape)
         if chosen == "common_rows":
@@ -367,6 +369,10 @@ class _Planner:
             self._extra(name, sources)
             return None
         draft = replace(draft, sources=tuple(sources), notes=tuple(notes))
+        if draft.numel == 0 and draft.in_base:
+            return replace(draft, rule="base", why="it has no entries", sources=())
+        if self.as_adapter and not self._fits_adapter(draft):
+            return None
         if all(source.weight == 0 for source in sources):
             if not draft.in_base:
                 self.problems.add(name, "all weights are 0 and there is no base to fall back on", "drop")
@@ -536,6 +542,9 @@ class _Planner:
         if t is None:  # the base, listed among the models
             return replace(draft, rule="base")
         source, shape = self._source(draft.name, t, 1.0)
+        if not draft.in_base and not self.as_adapter:
+            note = "tensors that the base lacks are written beside its config.json: check that it fits"
+            self.notes += [note] if note not in self.notes else []
         if source is None:
             self.problems.add(draft.name, f"{self.tasks[t].label} has no such tensor to take", "base", "drop")
             return None
@@ -620,6 +629,7 @@ class _Planner:
             peak_bytes=_mean_bytes(draft),
         )
 
+    @cached_property
     def _factor_dtype(self) -> torch.dtype:
         """Return the widest dtype in which a factor is stored: an adapter file gets one for all modules."""
         targets = [t for task in self.tasks if task.adapter for t in task.adapter.targets.values()]
@@ -635,8 +645,23 @@ class _Planner:
             source, own = self._source(name, t, 1.0)
             if source is not None and task.adapter is not None:
                 shape = shape or own
-                dtypes.append(source.dtype or self._factor_dtype())
+                dtypes.append(source.dtype or self._factor_dtype)
         return shape, _widest(dtypes)
+
+    def _fits_adapter(self, draft: TensorPlan) -> bool:
+        """Whether PEFT can store the tensor: as low-rank updates of all adapters, or in full beside them."""
+        full = [self.tasks[s.task].label for s in draft.sources if s.saved is not None]
+        if draft.module is not None and full:
+            self.problems.add(
+                draft.name, f"is a full tensor in {', '.join(full)} and an update elsewhere", "drop"
+            )
+            return False
+        module, _, leaf = draft.name.rpartition(".")
+        updated = any(f"{module}.weight" in task.modules for task in self.tasks)
+        if full and (not module or (updated and leaf != "bias")):
+            self.problems.add(draft.name, "cannot be stored in a PEFT adapter beside the updates", "drop")
+            return False
+        return True
 
     def _adapter_module(self, planned: TensorPlan) -> TensorPlan | None:
         """Set the rank of a module of an adapter."""

@@ -137,10 +137,14 @@ class _Merge:
         self._done = 0
         self._work = 0.0
         self._written = 0
+        self._output_bytes = sum(plan.bytes_of(tensor) for tensor in plan.written)
 
     def run(self, spool: Spool) -> None:
         """Merge all tensors; with one λ for the model, first find it, keeping the updates in the spool."""
         self._check_base_copies()
+        for tensor in self.plan.tensors:
+            if tensor.rule == "tied":
+                self._check_tied(tensor)
         merged: dict[str, TensorRecord] = {}
         scale: float | None = None
         if self._two_passes:
@@ -241,12 +245,10 @@ class _Merge:
                 self._write_taken(tensor)
             case "identical":
                 self._write_identical(tensor)
-            case "tied":
-                self._check_tied(tensor)
-            case "drop":
+            case "tied" | "drop":
                 pass
         if tensor.written:
-            self._written += tensor.nbytes
+            self._written += self.plan.bytes_of(tensor)
 
     def _write_merged(
         self, tensor: TensorPlan, record: TensorRecord, scale: float | None, spool: Spool
@@ -423,11 +425,8 @@ class _Merge:
         self._work += _work(tensor)
         if self._progress is not None:
             fraction = self._work / self._work_total if self._work_total else 1.0
-            total = self.plan.totals()["output_bytes"] if self._done == 1 else self._output_bytes
-            self._output_bytes: int = total
-            self._progress(
-                Progress(phase, tensor.name, self._done, self._total, self._written, total, fraction)
-            )
+            counts = (self._done, self._total, self._written, self._output_bytes)
+            self._progress(Progress(phase, tensor.name, *counts, fraction))
 
 
 class _Inputs:
@@ -696,8 +695,8 @@ class _Hasher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # An error must not wait for the hash of a large file; the thread ends after that file.
         self._stop.set()
-        self._thread.join()
 
     def result(self) -> dict[str, str]:
         """Wait for the hashes, by path."""

@@ -301,6 +301,29 @@ def test_as_adapter_needs_adapters_only(models):
         plan(models, "x", "y", base=None, as_adapter=True, method="ties")
 
 
+def test_adapters_that_peft_cannot_store_together(models):
+    write_adapter_folder(models / "x", {"lm_head": (32, 16)})
+    write_adapter_folder(
+        models / "y", {"layers.0.mlp.up_proj": (24, 16)}, saved={"lm_head.weight": torch.zeros(32, 16)}
+    )
+    present = {"tensors": [{"match": "layers.*", "rule": "present"}]}
+    with pytest.raises(
+        MismatchError, match=r"lm_head\.weight is a full tensor in .*y and an update elsewhere"
+    ):
+        plan(models, "x", "y", base=None, as_adapter=True, **present)
+
+
+def test_tensors_that_no_model_has(models):
+    for name in "ab":
+        state = tiny_state(1, base=BASE)
+        del state["norm.weight"]
+        write_model(models / name, state)
+    assert '- {match: "norm.weight", rule: base}' in mismatch(models, "a", "b")
+    mismatch(models, "a", "b", tensors=[{"match": "norm.weight", "rule": "mean"}])
+    present = {"tensors": [{"match": "norm.weight", "rule": "present"}]}
+    assert rules(plan(models, "a", "b", **present))["norm.weight"] == "base"
+
+
 def test_the_base_is_no_adapter(models):
     write_adapter_folder(models / "x")
     with pytest.raises(RecipeError, match="is an adapter, give the model it is for"):

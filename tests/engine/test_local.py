@@ -192,6 +192,29 @@ def test_bfloat16_models_stay_bfloat16(tmp_path):
         torch.testing.assert_close(value.float(), expected, rtol=2**-8, atol=1e-6)
 
 
+def test_float64_models_are_merged_in_float64():
+    base = {name: value.double() for name, value in BASE.items()}
+    states = [{name: value.double() for name, value in state.items()} for state in TUNED]
+    for keys in ({"scale": 0.7}, {"alignment": 0.6}):
+        result = api.merge(
+            {"merge_method": "iso_c", "base_model": base, "models": [{"model": s} for s in states], **keys}
+        )
+        for name in BASE:
+            expected = by_hand(name, "iso_c", result.scale)
+            assert result.state_dict[name].dtype == torch.float64
+            assert update_error(result.state_dict[name], expected, BASE[name]) < 1e-9
+
+
+def test_scalars_and_empty_tensors():
+    base = {"logit_scale": torch.tensor(2.0), "empty": torch.zeros(0, 3), "w": BASE["norm.weight"]}
+    tuned = {"logit_scale": torch.tensor(4.0), "empty": torch.zeros(0, 3), "w": TUNED[0]["norm.weight"]}
+    for method in ("average", "ties", "task_arithmetic", "tsv_m"):
+        recipe = {"merge_method": method, "base_model": base, "models": [{"model": tuned}], "scale": 1.0}
+        found = api.merge(recipe).state_dict
+        assert found["logit_scale"] == 4
+        assert found["empty"].shape == (0, 3)
+
+
 def test_state_dicts_are_left_as_they_are():
     states = [{name: value.clone() for name, value in state.items()} for state in TUNED]
     base = {name: value.clone() for name, value in BASE.items()}
