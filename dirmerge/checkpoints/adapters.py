@@ -35,6 +35,7 @@ from dirmerge.checkpoints.safetensors_io import (
     write_json,
 )
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError
+from dirmerge.linalg import all_finite
 from dirmerge.lowrank import LowRank
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -416,10 +417,11 @@ class AdapterWriter:
             )
         left, right = update.folded()
         b, a = (left, right) if planned.kind == "linear" else (right, left)
-        padding = (0, planned.rank - update.rank)
         for key, factor in zip(_keys(planned), (a, b), strict=True):
-            stored = torch.nn.functional.pad(factor, padding).to(self._dtype)
-            if not bool(stored.isfinite().all()):
+            stored = factor.to(self._dtype)
+            if update.rank < planned.rank:
+                stored = torch.nn.functional.pad(stored, (0, planned.rank - update.rank))
+            if not all_finite(stored):
                 raise NonFiniteError(f"{self._file.path}: tensor {key!r} is not finite in {self._dtype}")
             self._file.write(key, stored.mT if factor is a else stored)
 
@@ -509,7 +511,7 @@ def _keys(module: AdapterModule) -> tuple[str, str]:
 
 
 def _finite(info: TensorInfo, tensor: Tensor) -> Tensor:
-    if not bool(tensor.isfinite().all()):
+    if not all_finite(tensor):
         raise NonFiniteError(f"{info.file}: tensor {info.name!r} holds NaN or Inf")
     return tensor
 
