@@ -126,6 +126,7 @@ def _measure(
                 "scale": best,
                 "alignment": best * update.alignment,
                 "merge_seconds": update.seconds,
+                "threads": torch.get_num_threads(),
                 "curve": curve,
                 "test": evaluate(model, test, bf16=bf16),
             }

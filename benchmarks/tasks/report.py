@@ -93,6 +93,7 @@ def _summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
             "scale": [r["scale"] for r, _, _ in runs],
             "alignment": [r["alignment"] for r, _, _ in runs],
             "merge_seconds": over_seeds([r["merge_seconds"] for r, _, _ in runs]),
+            "threads": runs[0][0]["threads"],
             "curve": _mean_curve([r["curve"] for r, _, _ in runs]),
         }
         if name != REFERENCE and all(reference for _, _, reference in runs):
@@ -154,9 +155,9 @@ method's own best, where all methods were measured (the average has no scale):
 
 
 def _page(settings: list[dict[str, Any]]) -> list[str]:
-    threads = torch.get_num_threads()
-    machine = f"{platform.machine()}, torch {torch.__version__}, {threads} thread(s) for the merge times."
-    lines = [HEADING, machine]
+    threads = sorted({row["threads"] for setting in settings for row in setting["methods"]})
+    counts = " or ".join(map(str, threads))
+    lines = [HEADING, f"{platform.machine()}, torch {torch.__version__}, {counts} thread(s)."]
     for setting in settings:
         validation_texts, test_texts = setting["texts"].split("-")
         seeds = ", ".join(map(str, setting["seeds"]))
