@@ -442,8 +442,8 @@ def test_adapters_have_independent_row_spaces():
         right = open_adapter(run.adapter_folder(task)).targets[module].read().right
         bases.append(torch.linalg.qr(right.double()).Q)
     overlaps = [(a.mT @ b).square().sum().item() / 16 for i, a in enumerate(bases) for b in bases[:i]]
-    # Chance is 16 / 384 = 0.042; adapters that share their initialisation have 0.8.
-    assert sum(overlaps) / len(overlaps) < 0.15
+    # Chance is 16 / 384 = 0.042; adapters that share their initialisation had 0.8.
+    assert sum(overlaps) / len(overlaps) < 0.06
 
 
 # The run.
