@@ -32,18 +32,22 @@ def etf_project_kernel(
     inside = columns < n
     divisor = K.to(COMPUTE)
     scale = divided(divisor, divisor - 1)
-    total = tl.zeros([BLOCK_K, BLOCK_N], COMPUTE)
+    # A second sum, of what is left over the mean, takes away the rounding of the first.
     if WHOLE:
         mask = inside & (rows < K)
         offsets = batch * K * n + rows.to(tl.int64) * n + columns
         tile = tl.load(core_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-        total = tile
+        mean = divided(tl.sum(tile, 0, keep_dims=True), divisor)
+        mean += divided(tl.sum(tl.where(mask, tile - mean, 0.0), 0, keep_dims=True), divisor)
     else:
+        total = tl.zeros([BLOCK_K, BLOCK_N], COMPUTE)
         for start in range(0, K, BLOCK_K):
             mask = inside & (start + rows < K)
             offsets = batch * K * n + (start + rows).to(tl.int64) * n + columns
             total += tl.load(core_ptr + offsets, mask=mask, other=0.0).to(COMPUTE)
-    mean = divided(tl.sum(total, 0, keep_dims=True), divisor)
+        mean = tl.sum(total, 0, keep_dims=True) / BLOCK_K
+        mean += tl.sum(total - mean, 0, keep_dims=True) / BLOCK_K
+        mean = divided(mean * BLOCK_K, divisor)
     if WHOLE:
         value = (tile - mean) * scale
         tl.store(result_ptr + offsets, rounded(value, result_ptr.dtype.element_ty, INTERPRETED), mask=mask)
