@@ -190,11 +190,6 @@ class ModelRef:
     adapter: str | None = None
 
     @property
-    def in_memory(self) -> bool:
-        """Whether it is a state dict."""
-        return not isinstance(self.source, str)
-
-    @property
     def label(self) -> str:
         """The reference as the recipe writes it."""
         if not isinstance(self.source, str):

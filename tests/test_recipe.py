@@ -234,7 +234,7 @@ def test_aliases_within_reason_are_read():
 def test_plain_form_names_state_dicts():
     state = {"w": torch.zeros(2)}
     recipe = load(base_model=state, models=[{"model": dict(state), "parameters": {"weight": 2}}])
-    assert recipe.models[0].model.in_memory
+    assert recipe.base_model.source is state
     assert recipe.to_plain()["base_model"] == "<state dict>"
     assert "weight: 2" in recipe.to_yaml()
 

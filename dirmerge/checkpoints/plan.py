@@ -69,7 +69,6 @@ class TensorPlan:
         in_base: whether the base has the tensor; without it the mean is one of values.
         options: of the method, as given for this tensor.
         scale: λ given for this tensor; None when it follows from the alignment or when no λ applies.
-        scaled: whether λ applies to it at all.
         aligned: whether it takes part in a(D), the alignment of the whole model.
         rank: of the merged update, None for a dense one.
         seed: of whatever is random.
@@ -91,7 +90,6 @@ class TensorPlan:
     in_base: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     scale: float | None = None
-    scaled: bool = False
     aligned: bool = False
     rank: int | None = None
     seed: int = 0

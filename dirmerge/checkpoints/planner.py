@@ -432,7 +432,6 @@ class _Planner:
                 why=reason,
                 options=options,
                 scale=None if value is None else float(value),
-                scaled=True,
                 aligned=len(shape) >= 2 and min(matrix) > 1 and is_table(name, shape, self.config) is None,
                 rank=rank,
                 slices=slices,

@@ -160,8 +160,6 @@ class _Merge:
         scales = {record.scale for record in self.records if record.scale is not None}
         self.common_scale = scales.pop() if len(scales) == 1 else None
 
-    # λ
-
     def _find_scale(self, spool: Spool) -> tuple[float, dict[str, TensorRecord]]:
         """Merge the aligned tensors into the spool and return λ = target / a(D), with their records."""
         numerator = denominator = 0.0
@@ -171,16 +169,9 @@ class _Merge:
                 continue
             begun = time.perf_counter()
             record = TensorRecord(tensor.name, tensor.rule, tensor.why)
-            own = [0.0, 0.0]
-            for index in _slices(tensor):
-                merged, terms = self._merged(tensor, index, record, align=True)
-                own = [own[0] + terms[0], own[1] + terms[1]]
-                spool.put(_key(tensor, index), _smaller(merged))
-                del merged
-            if own[1] > 0:
-                record.alignment = own[0] / own[1]
-            numerator += own[0]
-            denominator += own[1]
+            terms = self._spool(tensor, record, spool)
+            numerator += terms[0]
+            denominator += terms[1]
             record.seconds = time.perf_counter() - begun
             records[tensor.name] = record
             self._step("merge", tensor)
@@ -196,10 +187,22 @@ class _Merge:
             self.scale_origin += "; no matrix changes, so λ has no effect"
         return scale, records
 
-    def _own_scale(self, tensor: TensorPlan, terms: tuple[float, float]) -> float:
-        """Return λ of one parameter."""
-        if tensor.scale is not None:
-            return tensor.scale
+    def _spool(self, tensor: TensorPlan, record: TensorRecord, spool: Spool) -> tuple[float, float]:
+        """Merge a tensor into the spool and return its alignment's numerator and denominator."""
+        numerator = denominator = 0.0
+        for index in _slices(tensor):
+            merged, terms = self._merged(tensor, index, record, align=True)
+            numerator += terms[0]
+            denominator += terms[1]
+            spool.put(_key(tensor, index), _smaller(merged))
+            del merged
+        if denominator > 0:
+            record.alignment = numerator / denominator
+        return numerator, denominator
+
+    def _own_scale(self, tensor: TensorPlan, record: TensorRecord, spool: Spool) -> float:
+        """Return λ of one parameter, which follows from its own alignment; its update is in the spool then."""
+        terms = self._spool(tensor, record, spool)
         target = self.plan.scale.alignment
         assert target is not None  # a plan has either a scale or an alignment
         try:
@@ -229,8 +232,6 @@ class _Merge:
         _extend(record, merged)
         return merged, terms
 
-    # writing
-
     def _write(self, tensor: TensorPlan, record: TensorRecord, scale: float | None, spool: Spool) -> None:
         match tensor.rule:
             case "merge":
@@ -253,25 +254,19 @@ class _Merge:
     def _write_merged(
         self, tensor: TensorPlan, record: TensorRecord, scale: float | None, spool: Spool
     ) -> None:
-        spooled = self._two_passes and tensor.aligned
+        record.scale = tensor.scale if tensor.scale is not None else scale
+        if record.scale is None:
+            record.scale = self._own_scale(tensor, record, spool)
         for index in _slices(tensor):
-            if spooled:
-                update = spool.get(_key(tensor, index))
-                own = scale
+            key = _key(tensor, index)
+            if key in spool:
+                update = spool.get(key)
             else:
-                align = tensor.scale is None and scale is None
-                merged, terms = self._merged(tensor, index, record, align=align)
-                update = merged.value
-                own = scale if scale is not None else self._own_scale(tensor, terms)
-                if align and terms[1] > 0:
-                    record.alignment = terms[0] / terms[1]
-                del merged
-            assert own is not None  # one of the three places above has set it
-            record.scale = own if record.scale in (None, own) else None
+                update = self._merged(tensor, index, record, align=False)[0].value
             if self.plan.output == "adapter":
-                self._write_module(tensor, update, own, record)
+                self._write_module(tensor, update, record.scale, record)
             else:
-                self._add(tensor, index, update, own)
+                self._add(tensor, index, update, record.scale)
 
     def _add(self, tensor: TensorPlan, index: int | None, update: Update, scale: float) -> None:
         """Write W_0 + λ D: a chunk of rows at a time, a stack matrix by matrix."""

@@ -307,9 +307,7 @@ def test_adapters_that_peft_cannot_store_together(models):
         models / "y", {"layers.0.mlp.up_proj": (24, 16)}, saved={"lm_head.weight": torch.zeros(32, 16)}
     )
     present = {"tensors": [{"match": "layers.*", "rule": "present"}]}
-    with pytest.raises(
-        MismatchError, match=r"lm_head\.weight is a full tensor in .*y and an update elsewhere"
-    ):
+    with pytest.raises(MismatchError, match=r"lm_head\.weight is a full tensor in .*y and an"):
         plan(models, "x", "y", base=None, as_adapter=True, **present)
 
 

@@ -115,6 +115,17 @@ def test_alignment_reaches_its_target_with_one_scale(models):
         assert_close(result.state_dict[name], raw.state_dict[name].double(), 1e-6)
 
 
+def test_weight_0_leaves_a_model_out(models):
+    entries = [{"model": str(models / f"m{t}"), "parameters": {"weight": float(t != 1)}} for t in range(3)]
+    without = [entries[0], entries[2]]
+    for keys in ({"scale": 1.0}, {"alignment": 0.6}, {"alignment": 0.6, "alignment_per": "parameter"}):
+        found = api.merge(recipe(models, models=entries, **keys))
+        expected = api.merge(recipe(models, models=without, **keys))
+        assert found.scale == expected.scale
+        for name in BASE:
+            assert torch.equal(found.state_dict[name], expected.state_dict[name])
+
+
 def test_alignment_per_parameter(models):
     result = api.merge(recipe(models, alignment=0.6, alignment_per="parameter"))
     scales = [record.scale for record in result.records if record.rule == "merge"]
@@ -230,7 +241,7 @@ def test_expert_stacks_are_merged_matrix_by_matrix(tmp_path):
     states = [{name: base[name] + 0.1 * torch.randn(4, 8, 6, generator=generator)} for _ in range(2)]
     for folder, state in (("base", base), ("m0", states[0]), ("m1", states[1])):
         write_model(tmp_path / folder, state)
-    for keys in ({"scale": 0.9}, {"alignment": 0.7}):
+    for keys in ({"scale": 0.9}, {"alignment": 0.7}, {"alignment": 0.7, "alignment_per": "parameter"}):
         for method in ("tsv_m", "iso_c"):
             result = api.merge(recipe(tmp_path, 2, method=method, **keys), tmp_path / "out", overwrite=True)
             found = read_folder(tmp_path / "out")[name].double()
