@@ -201,7 +201,7 @@ class _Merge:
         return numerator, denominator
 
     def _own_scale(self, tensor: TensorPlan, record: TensorRecord, spool: Spool) -> float:
-        """Return λ of one parameter, which follows from its own alignment; its update is in the spool then."""
+        """Return λ of one parameter, from its own alignment; its update is in the spool then."""
         terms = self._spool(tensor, record, spool)
         target = self.plan.scale.alignment
         assert target is not None  # a plan has either a scale or an alignment
