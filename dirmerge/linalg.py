@@ -74,10 +74,10 @@ def _finite(x: Tensor, name: str = "x") -> Tensor:
 
 @contextmanager
 def single_thread(size: int) -> Iterator[None]:
-    """Runs LAPACK calls on matrices of this size by one thread where more only wait for each other.
+    """Runs what works on this many columns by one thread, where more would only wait for each other.
 
-    Measured on two cores: eigh of 128 x 128 takes 1.0 ms with one thread and 10 ms with two (passive
-    waiting).
+    Measured on two cores: eigh of 128 x 128 takes 1.0 ms with one thread and 10 ms with two (passive waiting);
+    where other processes share the cores, every small operation waits for its slower thread.
     """
     threads = torch.get_num_threads()
     if size > SINGLE_THREAD_UP_TO or threads == 1:

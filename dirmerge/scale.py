@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dirmerge.linalg import single_thread
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import Factors, MergedDelta, Tasks, factor_tasks, kept_ranks
 
@@ -34,7 +35,8 @@ def alignment_terms(tasks: Tasks, merged: MergedDelta, seed: int = 0) -> tuple[f
     wanted = kept_ranks(tasks)
     if factors is None or any(have < want for have, want in zip(factors.asked, wanted, strict=True)):
         factors = factor_tasks(tasks, wanted, "auto", 1e-2, seed)
-    return _terms(factors, wanted, merged)
+    with single_thread(tasks.width):
+        return _terms(factors, wanted, merged)
 
 
 def _terms(factors: Factors, ranks: list[int], merged: MergedDelta) -> tuple[float, float]:

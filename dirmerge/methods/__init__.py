@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirmerge.linalg import all_finite
+from dirmerge.linalg import all_finite, single_thread
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.average import average
 from dirmerge.methods.common import (
@@ -88,7 +88,8 @@ def merge_tasks(
     present = [t for t, w in enumerate(numbers) if w != 0]
     if len(present) < len(tasks):
         tasks, numbers = tasks.subset(present), [numbers[t] for t in present]
-    merged = chosen.function(tasks, numbers, seed=seed, **checked)
+    with single_thread(tasks.width):
+        merged = chosen.function(tasks, numbers, seed=seed, **checked)
     merged.record.weights = [float(w) for w in weights]
     return merged
 

@@ -62,6 +62,12 @@ class Tasks:
         """Whether every delta is a LowRank: the merge then stays factored."""
         return all(rank is not None for rank in self.ranks)
 
+    @property
+    def width(self) -> int:
+        """The columns a factored merge works on: Σ r_t where all deltas are LowRank, else max(m, n)."""
+        ranks = [rank for rank in self.ranks if rank is not None]
+        return sum(ranks) if self.low_rank else max(self.shape, default=0)
+
     def subset(self, indices: Sequence[int]) -> Tasks:
         """Returns the tasks at the given positions."""
         return Tasks(
