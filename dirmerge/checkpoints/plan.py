@@ -249,7 +249,7 @@ class Plan:
         """Return numbers for the whole plan: tensors by rule, output bytes, FLOPs, peak memory."""
         return {
             "tensors": dict(Counter(tensor.rule for tensor in self.tensors)),
-            "parameters": sum(tensor.numel for tensor in self.written),
+            "parameters": sum(self.bytes_of(tensor) // tensor.dtype.itemsize for tensor in self.written),
             "output_bytes": sum(self.bytes_of(tensor) for tensor in self.written),
             "flops": sum(tensor.flops for tensor in self.tensors),
             "peak_bytes": max((tensor.peak_bytes for tensor in self.tensors), default=0),
