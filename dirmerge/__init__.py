@@ -1,10 +1,36 @@
 """Merging of fine-tuned models by their directions: DC-Merge, MDA and the methods they are compared with."""
 
-from dirmerge.api import merge, plan
-from dirmerge.backends import backend
-from dirmerge.lowrank import LowRank
-from dirmerge.methods import MergedDelta, merge_deltas
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dirmerge.api import merge, plan
+    from dirmerge.backends import backend
+    from dirmerge.lowrank import LowRank
+    from dirmerge.methods import MergedDelta, merge_deltas
 
 __version__ = "0.1.0"
 
 __all__ = ["LowRank", "MergedDelta", "__version__", "backend", "merge", "merge_deltas", "plan"]
+
+_HOME = {
+    "LowRank": "dirmerge.lowrank",
+    "MergedDelta": "dirmerge.methods",
+    "backend": "dirmerge.backends",
+    "merge": "dirmerge.api",
+    "merge_deltas": "dirmerge.methods",
+    "plan": "dirmerge.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use: `dirmerge --help` need not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dirmerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -76,7 +76,7 @@ def _finite(x: Tensor, name: str = "x") -> Tensor:
 def single_thread(size: int) -> Iterator[None]:
     """Runs what works on this many columns by one thread, where more would only wait for each other.
 
-    Measured on two cores: eigh of 128 x 128 takes 1.0 ms with one thread and 10 ms with two (passive waiting);
+    Measured on two cores: eigh of 128 x 128 takes 1.0 ms with one thread and 10 ms with two;
     where other processes share the cores, every small operation waits for its slower thread.
     """
     threads = torch.get_num_threads()
@@ -309,7 +309,8 @@ def polar(
 
     Args:
         x: (..., m, k) floating point; for m < k the transposed problem is solved.
-        method: "exact", "newton_schulz", or "auto": exact up to min(m, k) = 1024, Newton–Schulz above.
+        method: "exact", "newton_schulz", or "auto": exact up to min(m, k) = 1024 and for nearly square x,
+            whose smallest singular values an iteration would not reach; Newton–Schulz otherwise.
         tolerance: of ‖qᵀq − I‖_F / √k for Newton–Schulz; default 1e-5 (float32), 1e-12 (float64).
         max_steps: of Newton–Schulz before it gives way to the exact form.
         complete: whether directions outside the numerical range of x are completed to orthonormal ones
@@ -345,7 +346,7 @@ def polar(
     if x.numel() == 0:
         ones = x.new_zeros(x.shape[:-2], dtype=torch.float64)
         return Polar(x.clone(), "svd", 0, ones, ones.long(), None)
-    if method == "exact" or (method == "auto" and k <= EXACT_UP_TO):
+    if method == "exact" or (method == "auto" and (k <= EXACT_UP_TO or k > 0.6 * x.shape[-2])):
         return _polar_exact(x, complete, None)
     q, steps, residual = _newton_schulz(x, tolerance, max_steps)
     if bool((residual <= tolerance).all()):
