@@ -107,3 +107,14 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         ops.delta([1.0], torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="base must be on cpu like the others, got meta"):
         ops.delta(torch.zeros(2), torch.zeros(2, device="meta"))
+
+
+def test_counts_and_sums_cover_every_piece(dtype_of_backend: torch.dtype) -> None:
+    # More entries than any implementation treats at a time; the bad ones lie in the first and the last piece.
+    finetuned, base = pair((401, 399), dtype_of_backend, dtype_of_backend)
+    finetuned[0, 0] = finetuned[400, 398] = float("nan")
+    assert ops.delta(finetuned, base).nonfinite.item() == 2
+    finetuned[0, 0] = finetuned[400, 398] = 0
+    result = ops.delta(finetuned, base)
+    truth = result.value.double().square().sum()
+    torch.testing.assert_close(result.sum_of_squares, truth, rtol=1e-12, atol=0)
