@@ -190,10 +190,10 @@ def _delta_sketch_torch(
 
 
 def delta_sketch(
-    finetuned: Sequence[torch.Tensor] | torch.Tensor,
     base: torch.Tensor,
-    *,
+    finetuned: Sequence[torch.Tensor] | torch.Tensor,
     test: torch.Tensor | None = None,
+    *,
     width: int | None = None,
     seed: int = 0,
     transposed: bool = False,
@@ -205,8 +205,8 @@ def delta_sketch(
     it is multiplied; neither is ever in memory as a whole.
 
     Args:
-        finetuned: T tensors W_t (m, n) of one floating dtype, or one tensor (T, m, n).
         base: (m, n) W_0, any floating dtype.
+        finetuned: T tensors W_t (m, n) of one floating dtype, or one tensor (T, m, n).
         test: matrix to multiply by, Ω (n, s) or, transposed, Q (m, s); with T in front, one for
             each task. None: the random signs of `random_signs(n or m, width, seed)`.
         width: columns of the random Ω; not with test.

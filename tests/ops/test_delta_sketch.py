@@ -45,7 +45,7 @@ def test_is_the_product_with_the_difference(
     rows = m_n[0 if transposed else 1]
     test = None if given is None else torch.randn(*((3,) if given == 3 else ()), rows, 20)
     width = None if given else 150
-    found = delta_sketch(finetuned, base, test=test, width=width, seed=2**40, transposed=transposed)
+    found = delta_sketch(base, finetuned, test=test, width=width, seed=2**40, transposed=transposed)
     differences = finetuned.double() - base.double()
     factor = random_signs(rows, 150, 2**40) if test is None else test
     truth = (differences.mT if transposed else differences) @ factor.double()
@@ -61,7 +61,7 @@ def test_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(delta_sketch.__globals__, "_PIECE", 300)
     base, finetuned = torch.randn(50, 40), torch.randn(2, 50, 40)
     for transposed in (False, True):
-        found = delta_sketch(finetuned, base, width=9, transposed=transposed)
+        found = delta_sketch(base, finetuned, width=9, transposed=transposed)
         difference = (finetuned - base).mT if transposed else finetuned - base
         torch.testing.assert_close(found.value, difference @ random_signs(difference.shape[2], 9, 0))
 
@@ -69,25 +69,25 @@ def test_pieces_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mixed_dtypes_views_and_no_tasks() -> None:
     base = torch.randn(70, 33).T.bfloat16()
     finetuned = [torch.randn(33, 70), torch.randn(70, 33).T]
-    found = delta_sketch(finetuned, base, width=5)
+    found = delta_sketch(base, finetuned, width=5)
     truth = (torch.stack(finetuned) - base.float()) @ random_signs(70, 5, 0)
     torch.testing.assert_close(found.value, truth)
-    assert delta_sketch([w.double() for w in finetuned], base, width=5).value.dtype == torch.float64
-    assert delta_sketch([], base, width=5).value.shape == (0, 33, 5)
+    assert delta_sketch(base, [w.double() for w in finetuned], width=5).value.dtype == torch.float64
+    assert delta_sketch(base, [], width=5).value.shape == (0, 33, 5)
 
 
 def test_what_is_not_finite_is_counted_per_task() -> None:
     finetuned = torch.randn(3, 8, 6)
     finetuned[0, 3, 4] = float("nan")
     finetuned[2, 0] = float("inf")
-    found = delta_sketch(finetuned, torch.zeros(8, 6), width=2)
+    found = delta_sketch(torch.zeros(8, 6), finetuned, width=2)
     assert found.nonfinite.tolist() == [1, 0, 6]
     assert found.sum_of_squares.isfinite().tolist() == [False, True, False]
 
 
 def test_bfloat16_products_round_both_operands() -> None:
     base, finetuned, test = torch.randn(20, 30), torch.randn(1, 20, 30), torch.randn(30, 4)
-    found = delta_sketch(finetuned, base, test=test, precision="bfloat16").value
+    found = delta_sketch(base, finetuned, test=test, precision="bfloat16").value
     truth = (finetuned - base).bfloat16().double() @ test.bfloat16().double()
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_the_sketch_spans_the_leading_directions() -> None:
     # Rank 10 with a tail of 1e-3: sixteen columns catch all but the tail.
     u = torch.linalg.qr(torch.randn(90, 10, dtype=torch.float64)).Q
     delta = u @ torch.randn(10, 60, dtype=torch.float64) + 1e-4 * torch.randn(90, 60, dtype=torch.float64)
-    found = delta_sketch([delta], torch.zeros(90, 60, dtype=torch.float64), width=16)
+    found = delta_sketch(torch.zeros(90, 60, dtype=torch.float64), [delta], width=16)
     q = torch.linalg.qr(found.value[0]).Q
     assert (delta - q @ (q.T @ delta)).norm() <= 0.02 * delta.norm()
 
@@ -113,10 +113,10 @@ def test_arguments_are_checked() -> None:
         ({"test": torch.ones(3, 3, 2)}, r"or \(2, 3, s\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            delta_sketch(finetuned, base, **options)
+            delta_sketch(base, finetuned, **options)
     with pytest.raises(ValueError, match=r"finetuned\[1\] must have the shape of base"):
-        delta_sketch([base, base.T], base, width=1)
+        delta_sketch(base, [base, base.T], width=1)
     with pytest.raises(TypeError, match="one dtype"):
-        delta_sketch([base, base.half()], base, width=1)
+        delta_sketch(base, [base, base.half()], width=1)
     with pytest.raises(TypeError, match=r"finetuned\[0\] must be a torch.Tensor"):
-        delta_sketch([np.ones((4, 3))], base, width=1)
+        delta_sketch(base, [np.ones((4, 3))], width=1)

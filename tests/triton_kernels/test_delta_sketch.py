@@ -33,7 +33,7 @@ def test_is_the_product_with_the_difference(
     options = {"width": width, "seed": seed, "transposed": transposed, "precision": precision}
     value, total, nonfinite = delta_sketch(base, finetuned, test, **options)
     expected = delta_sketch_op(
-        finetuned, base, test=test, width=None if given else width, seed=seed, transposed=transposed
+        base, finetuned, test=test, width=None if given else width, seed=seed, transposed=transposed
     )
     differences = torch.stack(finetuned).double() - base.double()
     factor = random_signs(rows, width, seed) if test is None else test
@@ -52,7 +52,7 @@ def test_bfloat16_products_round_both_operands(given: bool, as_good_as_torch: Ca
     factor = (test if given else random_signs(80, 16, 3)).bfloat16().double()
     truth = torch.stack([(w - base).bfloat16().double() @ factor for w in finetuned])
     expected = delta_sketch_op(
-        finetuned, base, test=test, width=None if given else 16, seed=3, precision="bfloat16"
+        base, finetuned, test=test, width=None if given else 16, seed=3, precision="bfloat16"
     )
     as_good_as_torch(value, expected.value, truth)
 
@@ -80,7 +80,7 @@ def test_mixed_dtypes_views_and_empty_inputs(as_good_as_torch: Callable[..., Non
     base = torch.randn(70, 33).T.bfloat16()
     finetuned = [base.float() + 0.1 * torch.randn(33, 70), (base.float() + 0.1).T.contiguous().T]
     truth = torch.stack([w.double() - base.double() for w in finetuned]) @ random_signs(70, 5, 1).double()
-    expected = delta_sketch_op(finetuned, base, width=5, seed=1).value
+    expected = delta_sketch_op(base, finetuned, width=5, seed=1).value
     as_good_as_torch(delta_sketch(base, finetuned, None, width=5, seed=1)[0], expected, truth)
     assert delta_sketch(base, [], None, width=5)[0].shape == (0, 33, 5)
     value, total, _ = delta_sketch(torch.empty(4, 0), [torch.empty(4, 0)], None, width=2)
