@@ -22,12 +22,14 @@ def report(results: dict[str, Any]) -> str:
     """Writes a table per op: medians of both backends, their ratio, and the rate of the faster one."""
     machine = results["machine_info"]["dirmerge"]
     timers = {entry["options"]["timer"] for entry in results["benchmarks"]}
-    clock = "wall time" if timers == {"perf_counter"} else f"time by {', '.join(sorted(timers))}"
+    clocks = {"perf_counter": "wall time", "process_time": "CPU time (on a machine that did other work too)"}
+    clock = ", ".join(clocks.get(timer, timer) for timer in sorted(timers))
     lines = [
         "# Ops: native against torch",
         "",
-        f"Medians of {clock} over 5 to 50 rounds of one run, both backends side by side, every result checked",
-        "before it was timed. torch is the op's torch implementation; GB/s counts each input and output once.",
+        f"Medians of {clock} over 5 to 50 rounds of one run, both backends side by side, every result",
+        "checked before it was timed. torch is the op's torch implementation; GB/s counts each input and",
+        "output once.",
         "",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads.",
         f"torch {machine['torch']}, dirmerge {machine['dirmerge']} built by {machine['native']}.",
