@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_truncated
 from dirmerge.lowrank import LowRank
 
 Delta = Tensor | LowRank
+
+# Types of options that several methods have: their ranges are checked before a method runs.
+Rank = Annotated[int, Field(ge=1)]
+Tolerance = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Tasks:

@@ -15,8 +15,10 @@ from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
+    Rank,
     Scale,
     Tasks,
+    Tolerance,
     cover_space,
     empty_result,
     factor_tasks,
@@ -42,12 +44,12 @@ def dc_merge(
     tasks: Tasks,
     weights: list[float],
     *,
-    rank: Annotated[int, Field(ge=1)] | None = None,
+    rank: Rank | None = None,
     smoothing: Literal["none", "average", "linear"] | None = None,
     rho: Annotated[float, Field(ge=1)] = 5.0,
     keep: Annotated[float, Field(gt=0, le=1)] = 1e-3,
     svd: SVDMethod = "auto",
-    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
 ) -> MergedDelta:
     """Computes D = C_u M C_vᵀ: the elected coordinates of the balanced tasks in their cover space.

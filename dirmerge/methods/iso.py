@@ -15,8 +15,10 @@ from dirmerge.methods.common import (
     Delta,
     MergedDelta,
     MergeRecord,
+    Rank,
     Scale,
     Tasks,
+    Tolerance,
     cover_space,
     kept_ranks,
     sum_tasks,
@@ -40,9 +42,9 @@ def iso_c(
     tasks: Tasks,
     weights: list[float],
     *,
-    rank: Annotated[int, Field(ge=1)] | None = None,
+    rank: Rank | None = None,
     svd: SVDMethod = "auto",
-    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
 ) -> MergedDelta:
     """Computes D = σ̄ polar(Σ w_t D_t), σ̄ the mean singular value of the sum.
@@ -107,10 +109,10 @@ def iso_cts(
     tasks: Tasks,
     weights: list[float],
     *,
-    rank: Annotated[int, Field(ge=1)] | None = None,
+    rank: Rank | None = None,
     common_fraction: Annotated[float, Field(gt=0, le=1)] = 0.8,
     svd: SVDMethod = "auto",
-    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
 ) -> MergedDelta:
     """Joins leading directions of Σ w_t D_t with directions of single tasks under a flat spectrum.

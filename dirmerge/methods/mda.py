@@ -13,8 +13,10 @@ from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
+    Rank,
     Scale,
     Tasks,
+    Tolerance,
     cover_space,
     empty_result,
     factor_tasks,
@@ -32,11 +34,11 @@ def mda(
     tasks: Tasks,
     weights: list[float],
     *,
-    rank: Annotated[int, Field(ge=1)] | None = None,
+    rank: Rank | None = None,
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None,
     frame: Literal["shared", "canonical", "random"] = "shared",
     svd: SVDMethod = "auto",
-    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
 ) -> MergedDelta:
     """Computes D = M Mᵀ Q blkdiag(w_t S_t) Rᵀ with M a simplex ETF.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from dirmerge.linalg import SVDMethod
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
+    Rank,
     Scale,
     Tasks,
+    Tolerance,
     cover_space,
     empty_result,
     factor_tasks,
@@ -30,9 +28,9 @@ def tsv_m(
     tasks: Tasks,
     weights: list[float],
     *,
-    rank: Annotated[int, Field(ge=1)] | None = None,
+    rank: Rank | None = None,
     svd: SVDMethod = "auto",
-    svd_tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-2,
+    svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
 ) -> MergedDelta:
     """Computes D = polar([U_1 … U_T]) diag(w_1 S_1, …, w_T S_T) polar([V_1 … V_T])ᵀ.
