@@ -1,4 +1,4 @@
-"""Build of the native library: setup.py drives CMake, and a machine without a C++ compiler gets a pure install.
+"""Build of the native library by CMake; a machine without a C++ compiler gets a pure install.
 
 DIRMERGE_NATIVE = auto (default: build if that works) | require (fail if it does not) | off.
 """
@@ -48,10 +48,9 @@ class CMakeBuild(build_ext):
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             if NATIVE == "require":
                 raise SystemExit(f"the native library was required and did not build: {error}") from error
-            print(
+            sys.stderr.write(
                 f"dirmerge: no native library ({error}); everything works without it, slower. "
-                "Install a C++17 compiler and reinstall to have it.",
-                file=sys.stderr,
+                "Install a C++17 compiler and reinstall to have it.\n"
             )
 
 

@@ -22,7 +22,7 @@ def report(results: dict[str, Any]) -> str:
     """Writes a table per op: medians of both backends, their ratio, and the rate of the faster one."""
     machine = results["machine_info"]["dirmerge"]
     timers = {entry["options"]["timer"] for entry in results["benchmarks"]}
-    clocks = {"perf_counter": "wall time", "process_time": "CPU time (on a machine that did other work too)"}
+    clocks = {"perf_counter": "wall time", "process_time": "CPU time, on a busy machine,"}
     clock = ", ".join(clocks.get(timer, timer) for timer in sorted(timers))
     lines = [
         "# Ops: native against torch",
