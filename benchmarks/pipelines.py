@@ -193,33 +193,33 @@ def seven_billion(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(workdir: Path, width: int = 2048, n_tasks: int = 4) -> list[dict[str, Any]]:
-    """Merges full fine-tunes of 4 and of 16 layers: the peak must not follow the number of layers."""
+def memory(workdir: Path) -> list[dict[str, Any]]:
+    """Merges full fine-tunes of 4 and of 16 layers, whose peaks must not differ, and one large matrix."""
     rows: list[dict[str, Any]] = []
-    largest = width * width * 4 / 1e6
-    bound = 1000 + (n_tasks + 6) * largest
-    for method in ("dc_merge", "tsv_m", "iso_cts", "ties"):
-        for layers in (4, 16):
-            shapes: dict[str, tuple[int, ...]] = {}
-            for layer in range(layers):
-                for module in ("q_proj", "up_proj"):
-                    shapes[f"model.layers.{layer}.{module}.weight"] = (width, width)
-                shapes[f"model.layers.{layer}.norm.weight"] = (width,)
-            for t in range(n_tasks + 1):
-                folder = workdir / f"{layers}-{t}"
-                if not folder.exists():
-                    write_file(folder / "model.safetensors", shapes, torch.bfloat16, t, 0.02)
-                    (folder / "config.json").write_text("{}")
-            recipe = workdir / f"{method}-{layers}.yml"
-            models = "".join(f"  - model: {workdir}/{layers}-{t + 1}\n" for t in range(n_tasks))
-            # Two power iterations' worth of tolerance would change nothing about the memory.
-            recipe.write_text(f"merge_method: {method}\nbase_model: {workdir}/{layers}-0\nmodels:\n{models}")
-            seconds, peak = run_measured(["merge", str(recipe), "--out", str(workdir / "out"), "--overwrite"])
-            rows.append(
+    cases = [(method, 1280, 4, layers) for method in ("dc_merge", "tsv_m", "ties") for layers in (4, 16)]
+    for method, width, n_tasks, layers in [*cases, ("dc_merge", 4096, 8, 1), ("ties", 4096, 8, 1)]:
+        bound = 1000 + (n_tasks + 6) * width * width * 4 / 1e6
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(layers):
+            shapes[f"model.layers.{layer}.up_proj.weight"] = (width, width)
+            shapes[f"model.layers.{layer}.norm.weight"] = (width,)
+        for t in range(n_tasks + 1):
+            folder = workdir / f"{layers}-{t}"
+            if not folder.exists():
+                write_file(folder / "model.safetensors", shapes, torch.bfloat16, t, 0.02)
+                (folder / "config.json").write_text("{}")
+        recipe = workdir / f"{method}-{layers}.yml"
+        models = "".join(f"  - model: {workdir}/{layers}-{t + 1}\n" for t in range(n_tasks))
+        recipe.write_text(f"merge_method: {method}\nbase_model: {workdir}/{layers}-0\nmodels:\n{models}")
+        seconds, peak = run_measured(["merge", str(recipe), "--out", str(workdir / "out"), "--overwrite"])
+        rows.append(
                 {"method": method, "layers": layers, "tasks": n_tasks, "width": width, "seconds": seconds,
                  "peak_mb": peak, "bound_mb": bound}
             )  # fmt: skip
-            print(f"{method}, {layers} layers: peak {peak:.0f} MB (bound {bound:.0f} MB), {seconds:.1f} s")
+        print(
+            f"{method}, {n_tasks} tasks of {width}, {layers} layers: peak {peak:.0f} MB "
+            f"(bound {bound:.0f} MB), {seconds:.1f} s"
+        )
     return rows
 
 
