@@ -36,8 +36,8 @@ def etf_project(core: torch.Tensor) -> torch.Tensor:
     """Computes G Z = K/(K − 1) · (Z − 1 1ᵀ Z / K), the Gram operator of a simplex ETF with K vertices.
 
     G is never formed: the mean row is subtracted and the rest scaled. Torch does that nearly as fast as
-    memory allows: a C++ kernel gained 1.05 to 1.3 times (128 × 128 to 4096 × 4096, one Xeon core) and was
-    not kept.
+    memory allows: C++ kernels ran at 1.05 to 1.3 times its speed on small cores and at 0.87 to 1.2 times on
+    4096 × 4096 (one Xeon core), and were not kept.
 
     Args:
         core: (..., K, n) coordinates Z in the frame, K >= 2, any floating dtype.
