@@ -366,19 +366,49 @@ def _orthogonality(q: Tensor) -> Tensor:
     return norm / math.sqrt(k)
 
 
+@dataclass(frozen=True, eq=False)
+class GramRoot:
+    """G^(1/2) and G^(−1/2) of the Gram matrix G = xᵀx; x G^(−1/2) is the polar factor of x.
+
+    Attributes:
+        root: (..., k, k) float64, also qᵀx, the Hermitian polar factor.
+        inverse: (..., k, k) float64.
+        condition: smallest over largest singular value of x, the least of the batch.
+    """
+
+    root: Tensor
+    inverse: Tensor
+    condition: float
+
+
+def gram_root(x: Tensor) -> GramRoot | None:
+    """Computes the roots of xᵀx in float64, or None where they would not serve float32 accuracy.
+
+    Args:
+        x: (..., m, k) float32 with m >= 2 k for an answer.
+    """
+    m, k = x.shape[-2:]
+    if x.dtype != torch.float32 or m < 2 * k or x.numel() == 0:
+        return None
+    # The Gram matrix squares the condition number, which float64 can afford and float32 cannot.
+    double = x.double()
+    gram = double.mT @ double
+    with single_thread(k):
+        values, vectors = torch.linalg.eigh(gram)
+    if not bool((values[..., 0] > GRAM_CONDITION**2 * values[..., -1]).all()):
+        return None
+    scaled = vectors * values.sqrt().unsqueeze(-2)
+    inverse = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    return GramRoot(scaled @ vectors.mT, inverse, float((values[..., 0] / values[..., -1]).sqrt().min()))
+
+
 def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
     m, k = x.shape[-2:]
-    if x.dtype == torch.float32 and m >= 2 * k:
-        # The Gram matrix squares the condition number, which float64 can afford and float32 cannot.
-        double = x.double()
-        gram = double.mT @ double
-        with single_thread(k):
-            values, vectors = torch.linalg.eigh(gram)
-        if bool((values[..., 0] > GRAM_CONDITION**2 * values[..., -1]).all()):
-            root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
-            q = (double @ root).to(x.dtype)
-            rank = torch.full(x.shape[:-2], k, dtype=torch.int64)
-            return Polar(q, "gram", 0, _orthogonality(q), rank, fallback)
+    gram = gram_root(x)
+    if gram is not None:
+        q = (x.double() @ gram.inverse).to(x.dtype)
+        rank = torch.full(x.shape[:-2], k, dtype=torch.int64)
+        return Polar(q, "gram", 0, _orthogonality(q), rank, fallback)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     rank = numerical_rank(s, m)
     if not complete:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_truncated
+from dirmerge.linalg import SVDMethod, gram_root, numerical_rank, polar, svd_truncated
 from dirmerge.lowrank import LowRank
 
 Delta = Tensor | LowRank
@@ -19,6 +19,9 @@ Delta = Tensor | LowRank
 # Types of options that several methods have: their ranges are checked before a method runs.
 Rank = Annotated[int, Field(ge=1)]
 Tolerance = Annotated[float, Field(gt=0, lt=1)]
+
+# The ratio of singular values above which a frame stays a product: its square bounds the loss of accuracy.
+FACTORED_FRAME = 0.25
 
 
 class Tasks:
@@ -254,19 +257,57 @@ def factor_tasks(
     return factors
 
 
-def cover_space(bases: Tensor, svd: SVDMethod, side: str, record: MergeRecord) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Cover:
+    """An orthonormal frame C = basis · core nearest to the stacked task bases, formed only where it must be.
+
+    Attributes:
+        basis: (m, K).
+        core: (K, K), or None for the identity: then the basis is the frame.
+        coordinates: (K, K) = Cᵀ [U_1 … U_T].
+    """
+
+    basis: Tensor
+    core: Tensor | None
+    coordinates: Tensor
+
+    def frame(self) -> Tensor:
+        """Returns the (m, K) frame."""
+        return self.basis if self.core is None else self.basis @ self.core
+
+
+def cover_space(bases: Tensor, svd: SVDMethod, side: str, record: MergeRecord) -> Cover:
     """Computes polar([U_1 … U_T]), the orthonormal frame nearest to all task bases at once.
 
     Directions that the stacked bases do not span (a task merged with itself, say) stay zero instead of being
-    completed by arbitrary ones, which would enter the merged update as noise.
+    completed by arbitrary ones, which would enter the merged update as noise. Of nearly orthogonal bases, as
+    those of a few adapters are, the frame stays a product: U G^(−1/2).
     """
+    gram = gram_root(bases)
+    if gram is not None and gram.condition > FACTORED_FRAME:
+        return Cover(bases, gram.inverse.to(bases.dtype), gram.root.to(bases.dtype))
     found = polar(bases, "exact" if svd == "exact" else "auto", complete=False)
     if found.fallback is not None:
         record.fallbacks.append(f"{side} cover space: {found.fallback}; exact form used")
     full = min(found.q.shape)
     if int(found.rank) < full:
         record.notes.append(f"{side} cover space: the tasks span {int(found.rank)} of {full} directions")
-    return found.q
+    return Cover(found.q, None, found.q.mT @ bases)
+
+
+def between(left: Cover, middle: Tensor, right: Cover) -> LowRank:
+    """Returns C_l · middle · C_rᵀ for middle (K, K), or (K,) the diagonal of one."""
+    if left.core is None and right.core is None:
+        if middle.ndim == 1:
+            return LowRank(left.basis * middle, None, right.basis)
+        return LowRank(left.basis, middle, right.basis)
+    if left.core is not None:
+        middle = left.core * middle if middle.ndim == 1 else left.core @ middle
+    elif middle.ndim == 1:
+        middle = torch.diag(middle)
+    if right.core is not None:
+        middle = middle @ right.core.mT
+    return LowRank(left.basis, middle, right.basis)
 
 
 def sum_tasks(tasks: Tasks, weights: Sequence[float]) -> Delta:

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.linalg import SVDMethod
-from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
@@ -19,6 +18,7 @@ from dirmerge.methods.common import (
     Scale,
     Tasks,
     Tolerance,
+    between,
     cover_space,
     empty_result,
     factor_tasks,
@@ -71,7 +71,7 @@ def dc_merge(
         seed: of the randomized SVD.
 
     Returns:
-        MergedDelta, factored with rank Σ r_t and a block-diagonal core.
+        MergedDelta, factored with rank Σ r_t.
 
     Accuracy:
         The filter and the election are steps: a rounding error upstream can flip an entry near the
@@ -98,21 +98,19 @@ def dc_merge(
     blocks = factors.blocks()
     # Outside the diagonal blocks M_t only takes part in its own threshold, so one M_t at a time is formed
     # and its blocks are kept.
-    kept = left.new_empty(len(tasks), sum(rank * rank for rank in factors.ranks))
-    thresholds = left.new_empty(len(tasks))
-    left_coordinates = left.mT @ factors.u
-    right_coordinates = right.mT @ factors.v
+    kept = factors.u.new_empty(len(tasks), sum(rank * rank for rank in factors.ranks))
+    thresholds = factors.u.new_empty(len(tasks))
     for t, (own, s) in enumerate(zip(blocks, factors.s, strict=True)):
-        coordinates = (left_coordinates[:, own] * balanced(s, smoothing, rho)) @ right_coordinates[:, own].mT
+        coordinates = (left.coordinates[:, own] * balanced(s, smoothing, rho)) @ right.coordinates[:, own].mT
         thresholds[t] = kth_largest_magnitude(coordinates.unsqueeze(0), count)[0]
         torch.cat([coordinates[block, block].reshape(-1) for block in blocks], out=kept[t])
     merged = elect_merge(kept, thresholds, torch.tensor(weights, dtype=kept.dtype))
-    core = left.new_zeros(size, size)
+    core = factors.u.new_zeros(size, size)
     offset = 0
     for block, rank_t in zip(blocks, factors.ranks, strict=True):
         core[block, block] = merged[offset : offset + rank_t * rank_t].view(rank_t, rank_t)
         offset += rank_t * rank_t
-    return MergedDelta(LowRank(left, core, right), record, factors)
+    return MergedDelta(between(left, core, right), record, factors)
 
 
 def balanced(s: Tensor, smoothing: Literal["none", "average", "linear"], rho: float = 5.0) -> Tensor:

@@ -19,6 +19,7 @@ from dirmerge.methods.common import (
     Scale,
     Tasks,
     Tolerance,
+    between,
     cover_space,
     kept_ranks,
     sum_tasks,
@@ -177,7 +178,7 @@ def iso_cts(
         return MergedDelta(LowRank(head.u.new_zeros(m, 0), None, head.v.new_zeros(n, 0)), record)
     left = cover_space(torch.cat([*us, head.u], dim=1), svd, "left", record)
     right = cover_space(torch.cat([*vs, head.v], dim=1), svd, "right", record)
-    return MergedDelta(LowRank(left * spectrum.mean(), None, right), record)
+    return MergedDelta(between(left, spectrum.mean().expand(spectrum.numel()), right), record)
 
 
 def _project_off(delta: Delta, basis: Tensor) -> Delta:

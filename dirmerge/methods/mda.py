@@ -17,6 +17,7 @@ from dirmerge.methods.common import (
     Scale,
     Tasks,
     Tolerance,
+    between,
     cover_space,
     empty_result,
     factor_tasks,
@@ -84,18 +85,18 @@ def mda(
     right = cover_space(factors.v, svd, "right", record)
     # The shared frame loses the direction Q 1, which depends on the signs that an SVD leaves open: fix them.
     signs = _signs(factors.u)
-    left, right = left * signs, right * signs
     s = factors.weighted(weights)
     record.rank = k
     if (k if frame == "shared" else min(m, k)) < 2:
         record.notes.append("a simplex ETF needs two vertices; the shared subspace is returned as it is")
-        return MergedDelta(LowRank(left * s, None, right), record, factors)
+        return MergedDelta(between(left, s, right), record, factors)
     if frame == "shared":
-        merged = LowRank(left, etf_project(torch.diag(s)), right)
+        core = etf_project(torch.diag(s)) * signs * signs.unsqueeze(1)
+        merged = between(left, core, right)
     elif frame == "canonical":
-        merged = LowRank(etf_project(left * s), None, right)
+        merged = LowRank(etf_project(left.frame() * s), None, right.frame())
     else:
-        merged = LowRank(_random_frame(left * s, min(k, m), seed), None, right)
+        merged = LowRank(_random_frame(left.frame() * s, min(k, m), seed), None, right.frame())
     return MergedDelta(merged, record, factors)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dirmerge.linalg import SVDMethod
-from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
@@ -11,6 +10,7 @@ from dirmerge.methods.common import (
     Scale,
     Tasks,
     Tolerance,
+    between,
     cover_space,
     empty_result,
     factor_tasks,
@@ -56,5 +56,5 @@ def tsv_m(
         return empty_result(tasks, record, factors)
     left = cover_space(factors.u, svd, "left", record)
     right = cover_space(factors.v, svd, "right", record)
-    record.rank = left.shape[1]
-    return MergedDelta(LowRank(left * factors.weighted(weights), None, right), record, factors)
+    record.rank = sum(factors.ranks)
+    return MergedDelta(between(left, factors.weighted(weights), right), record, factors)

@@ -287,6 +287,23 @@ def test_float32_follows_float64_and_inputs_survive(method, generator):
     assert float((views - single).norm() / single.norm()) < tolerance
 
 
+def test_a_frame_that_stays_a_product_gives_the_same_update(generator, monkeypatch):
+    """Nearly orthogonal bases: U (G^(−1/2) M G^(−1/2)) Vᵀ equals the form with its frames multiplied out."""
+    from dirmerge.methods import common
+
+    loras = [lora.to(torch.float32) for lora in adapters(generator, 400, 300)]
+    for method in ("dc_merge", "tsv_m", "mda", "iso_cts"):
+        product = dirmerge.merge_deltas(loras, method).dense().double()
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "FACTORED_FRAME", 2.0)
+            formed = dirmerge.merge_deltas(loras, method).dense().double()
+        truth = dirmerge.merge_deltas([lora.to(torch.float64) for lora in loras], method).dense()
+        tolerance = 5e-4 if method == "iso_cts" else 5e-6
+        assert float((product - truth).norm() / truth.norm()) < tolerance
+        assert float((formed - truth).norm() / truth.norm()) < tolerance
+        assert not torch.equal(product, formed)
+
+
 def test_mixed_inputs(generator):
     a = torch.randn(40, 30, generator=generator, dtype=torch.float64)
     loras = adapters(generator, ranks=(2, 5))
