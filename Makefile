@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-slow lint format bench tasks clean
+.PHONY: setup demo test kernels test-slow lint format bench tasks clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,11 @@ demo: setup  ## merges real adapters of a real transformer by every method and e
 
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels
+	$(BIN)/python -m pytest tests/triton_aot
+
+kernels: setup  ## compiles the Triton kernels for every architecture, prints and writes the table of resources
+	$(BIN)/python -m benchmarks.kernels
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

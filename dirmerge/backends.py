@@ -4,11 +4,12 @@ Every op has a torch implementation, right on every device and for every floatin
 listed here with the devices and dtypes they take, and the first of PREFERENCE that takes the input runs.
 `with backend("native"):` forces one; where it is missing the op raises and says why.
 
-Environment variables, all of them read at installation and none at run time:
+Environment variables, all of them read at installation and none at run time but Triton's own:
 
 | variable | values | meaning |
 |---|---|---|
 | DIRMERGE_NATIVE | auto (default), require, off | build the C++ library if possible, or fail, or leave it |
+| TRITON_INTERPRET | 0 (default), 1 | `backend("triton")` takes CPU tensors, interpreted: for tests |
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-PREFERENCE = ("native", "torch")
+PREFERENCE = ("native", "triton", "torch")
 """The order in which `auto` looks for an implementation."""
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -84,6 +86,23 @@ def native() -> Any:
     return _native
 
 
+@functools.cache
+def triton_missing() -> str:
+    """Returns why Triton kernels cannot run at all on this machine; empty if they can."""
+    # A folder of that name would be found as a namespace: only a package has an origin.
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "Triton is not installed: pip install dirmerge[triton]"
+    if importlib.util.find_spec("dirmerge.triton_kernels") is None:
+        return "the Triton kernels are not installed: reinstall dirmerge"
+    return ""
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which is slow and right and takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def native_build_info() -> dict[str, str] | str:
     """Returns compiler, flags, version and instruction set of dirmerge._C, or why it is missing."""
     if _native is None:
@@ -127,25 +146,29 @@ def implementations(op: str) -> dict[str, Implementation]:
     return {name: found for (of, name), found in _implementations.items() if of == op}
 
 
-def _why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str:
-    """The reason why op cannot run under the named backend; empty if it can."""
+def _why_not(op: str, name: str, device: str, dtype: torch.dtype, forced: str = "auto") -> str:
+    """The reason why op cannot run under the named backend while one is forced; empty if it can."""
     found = _implementations.get((op, name))
     if found is None:
         return f"{op} has no {name} kernel"
-    if found.devices is not None and device not in found.devices:
+    # The interpreter is for tests: it has to be asked for, by the environment and by backend("triton").
+    interpreted = name == "triton" and forced == "triton" and device == "cpu" and _interpreted()
+    if found.devices is not None and device not in found.devices and not interpreted:
         return f"the {name} kernel of {op} runs on {', '.join(sorted(found.devices))}, not on {device}"
     if found.dtypes is not None and dtype not in found.dtypes:
         taken = ", ".join(sorted(str(d).removeprefix("torch.") for d in found.dtypes))
         return f"the {name} kernel of {op} takes {taken}, not {str(dtype).removeprefix('torch.')}"
     if name == "native" and _native is None:
         return _native_missing
+    if name == "triton":
+        return triton_missing()
     return ""
 
 
 @functools.cache
 def _select(op: str, forced: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     for name in PREFERENCE if forced == "auto" else (forced,):
-        reason = _why_not(op, name, device, dtype)
+        reason = _why_not(op, name, device, dtype, forced)
         if not reason:
             return _implementations[op, name].function
     raise RuntimeError(f'backend("{forced}") was asked for, but {reason}')
@@ -162,7 +185,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., A
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs every op of the block under one backend: "auto", "torch" or "native".
+    """Runs every op of the block under one backend: "auto", "torch", "native" or "triton".
 
     A forced backend never falls back: an op that it lacks raises RuntimeError with the reason. The choice
     holds for the current thread or asyncio task.
@@ -190,6 +213,9 @@ def table() -> list[Row]:
             for dtype in FLOATING:
                 reasons: list[str] = []
                 for name in PREFERENCE:
+                    if name == "triton" and device == "cpu":
+                        # No CPU is slower for want of it.
+                        continue
                     reason = _why_not(op, name, device, dtype)
                     if not reason:
                         rows.append(Row(op, device, dtype, name, "; ".join(reasons)))

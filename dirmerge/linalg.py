@@ -381,6 +381,12 @@ class GramRoot:
     condition: float
 
 
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    with single_thread(gram.shape[-1]):
+        values, vectors = torch.linalg.eigh(gram)
+    return values, vectors
+
+
 def gram_root(x: Tensor) -> GramRoot | None:
     """Computes the roots of xᵀx in float64, or None where they would not serve float32 accuracy.
 
@@ -390,11 +396,11 @@ def gram_root(x: Tensor) -> GramRoot | None:
     m, k = x.shape[-2:]
     if x.dtype != torch.float32 or m < 2 * k or x.numel() == 0:
         return None
-    # The Gram matrix squares the condition number, which float64 can afford and float32 cannot.
-    double = x.double()
-    gram = double.mT @ double
-    with single_thread(k):
-        values, vectors = torch.linalg.eigh(gram)
+    # The Gram matrix squares the condition number: float32 affords that only for nearly orthogonal columns.
+    values, vectors = _eigh((x.mT @ x).double())
+    if not bool((values[..., 0] > 0.25 * values[..., -1]).all()):
+        double = x.double()
+        values, vectors = _eigh(double.mT @ double)
     if not bool((values[..., 0] > GRAM_CONDITION**2 * values[..., -1]).all()):
         return None
     scaled = vectors * values.sqrt().unsqueeze(-2)

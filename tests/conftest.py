@@ -46,6 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [
             (name, dtype)
             for name, found in backends.implementations(metafunc.module.OP).items()
+            # Triton's have tests of their own, which need an interpreter or a GPU.
+            if name != "triton"
             for dtype in backends.FLOATING
             if found.dtypes is None or dtype in found.dtypes
         ]

@@ -75,7 +75,7 @@ def test_a_forced_backend_that_is_missing_says_why(probe: str, monkeypatch: pyte
 
 def test_an_unknown_backend_is_named() -> None:
     with (
-        pytest.raises(ValueError, match="must be one of auto, native, torch, got 'cuda'"),
+        pytest.raises(ValueError, match="must be one of auto, native, triton, torch, got 'cuda'"),
         backends.backend("cuda"),
     ):
         pass

@@ -27,12 +27,21 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((matrices(7, 5).T.bfloat16(), matrices(5, 7).half()), {}),
         ((matrices(0, 3).double(), matrices(0, 3)), {}),
     ],
+    "delta_sketch": [
+        ((matrices(5, 7), [matrices(5, 7)]), {"width": 3, "seed": 2**40}),
+        (
+            (matrices(7, 5).T.bfloat16(), [matrices(5, 7)] * 2, matrices(2, 5, 3)),
+            {"width": 3, "transposed": True},
+        ),
+        ((matrices(0, 3), []), {"width": 3, "precision": "bfloat16"}),
+    ],
     "elect_merge": [
         ((matrices(3, 6, 6),), {}),
         ((matrices(3, 6, 6), torch.ones(3) / 2, [1.0, 2.0, 0.5], [2, 1, 3]), {}),
         ((matrices(6, 6, 3).permute(2, 0, 1).double(), None, None, [6]), {}),
     ],
     "etf_project": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
+    "gram": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
     "kth_largest_magnitude": [((matrices(3, 6, 5), 4), {}), ((matrices(6, 3).T.double(), 1), {})],
     "lowrank_add": [
         ((matrices(5, 7), matrices(5, 2), matrices(7, 2)), {}),
@@ -41,6 +50,14 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
             {"scale": 0.5, "out_dtype": torch.float32},
         ),
         ((matrices(5, 7).half(), matrices(5, 0), matrices(7, 0)), {}),
+    ],
+    "polar_step": [
+        ((matrices(5, 7) / 9, 1.5, -0.5, 0.0), {}),
+        ((matrices(2, 5, 7).mT.bfloat16() / 9, 1.5, -0.5, 0.0), {}),
+    ],
+    "rotation_step": [
+        ((torch.eye(5), matrices(5, 5)), {"rate": 0.1}),
+        ((torch.eye(5).double().expand(2, 5, 5), matrices(2, 5, 5)), {"rate": 0.1, "steps": 2}),
     ],
 }
 CASES = [
@@ -97,7 +114,7 @@ def test_the_public_function_has_the_names_of_the_schema(name: str) -> None:
 def test_backward_raises_instead_of_giving_wrong_gradients(name: str) -> None:
     args, kwargs = SAMPLES[name][0]
     result = getattr(ops, name)(args[0].clone().requires_grad_(), *args[1:], **kwargs)
-    value = result.value if name == "delta" else result
+    value = result[0] if isinstance(result, tuple) else result
     with pytest.raises(NotImplementedError, match=f"dirmerge.ops.{name} is not differentiable"):
         value.sum().backward()
 

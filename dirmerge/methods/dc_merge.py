@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dirmerge.linalg import SVDMethod
 from dirmerge.methods.common import (
+    ADAPTER_ALIGNMENT,
+    FULL_ALIGNMENT,
     MergedDelta,
     MergeRecord,
     Rank,
-    Scale,
     Tasks,
     Tolerance,
     between,
@@ -36,8 +37,8 @@ def _check(options: Mapping[str, Any], adapters: bool) -> None:
 
 @register(
     "energy balancing, shared cover space, filtered sign election",
-    scale=Scale(alignment=0.8),
-    adapter_scale=Scale(alignment=0.36),
+    scale=FULL_ALIGNMENT,
+    adapter_scale=ADAPTER_ALIGNMENT,
     check=_check,
 )
 def dc_merge(

@@ -12,11 +12,12 @@ from torch import Tensor
 from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_truncated
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
+    ADAPTER_ALIGNMENT,
+    FULL_ALIGNMENT,
     Delta,
     MergedDelta,
     MergeRecord,
     Rank,
-    Scale,
     Tasks,
     Tolerance,
     between,
@@ -36,8 +37,8 @@ def _budget(tasks: Tasks, rank: int | None) -> int:
 
 @register(
     "sum of the tasks with an isotropic spectrum",
-    scale=Scale(alignment=0.68),
-    adapter_scale=Scale(alignment=0.11),
+    scale=FULL_ALIGNMENT,
+    adapter_scale=ADAPTER_ALIGNMENT,
 )
 def iso_c(
     tasks: Tasks,
@@ -102,8 +103,8 @@ def _iso_cts_cost(
 
 @register(
     "isotropic common and task-specific subspaces",
-    scale=Scale(alignment=0.85),
-    adapter_scale=Scale(alignment=0.36),
+    scale=FULL_ALIGNMENT,
+    adapter_scale=ADAPTER_ALIGNMENT,
     estimate=_iso_cts_cost,
 )
 def iso_cts(

@@ -11,10 +11,11 @@ from pydantic import Field
 from dirmerge.linalg import SVDMethod
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
+    ADAPTER_ALIGNMENT,
+    FULL_ALIGNMENT,
     MergedDelta,
     MergeRecord,
     Rank,
-    Scale,
     Tasks,
     Tolerance,
     between,
@@ -28,8 +29,8 @@ from dirmerge.ops import etf_project
 
 @register(
     "shared subspace projected onto a simplex ETF (parameter space, data-free)",
-    scale=Scale(alignment=0.8),
-    adapter_scale=Scale(alignment=0.36),
+    scale=FULL_ALIGNMENT,
+    adapter_scale=ADAPTER_ALIGNMENT,
 )
 def mda(
     tasks: Tasks,

@@ -8,7 +8,7 @@ from dirmerge.methods.registry import register
 
 @register(
     "sum of the task vectors",
-    scale=Scale(value=0.3),
+    scale=Scale(value=0.35),
     elementwise=True,
     negative_weights=True,
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dirmerge.linalg import SVDMethod
 from dirmerge.methods.common import (
+    ADAPTER_ALIGNMENT,
+    FULL_ALIGNMENT,
     MergedDelta,
     MergeRecord,
     Rank,
-    Scale,
     Tasks,
     Tolerance,
     between,
@@ -21,8 +22,8 @@ from dirmerge.methods.registry import register
 
 @register(
     "whitened task singular vectors",
-    scale=Scale(alignment=0.8),
-    adapter_scale=Scale(alignment=0.36),
+    scale=FULL_ALIGNMENT,
+    adapter_scale=ADAPTER_ALIGNMENT,
 )
 def tsv_m(
     tasks: Tasks,

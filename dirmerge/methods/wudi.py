@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
+from dirmerge.methods.common import FULL_ALIGNMENT, MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
 from dirmerge.methods.registry import register
 
 
@@ -40,7 +40,7 @@ def _cost(
 
 @register(
     "least interference with every task's row space",
-    scale=Scale(alignment=0.8),
+    scale=FULL_ALIGNMENT,
     adapter_scale=Scale(alignment=0.36),
     check=_check,
     estimate=_cost,
