@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,24 +150,17 @@ class LowRank:
         Source:
             algorithm: with left = Q_l R_l, right = Q_r R_r, the SVD of R_l core R_rᵀ.
         """
-        left, right = self.left, self.right
         work = torch.promote_types(self.dtype, torch.float32)
         with single_thread(self.rank):
-            ql, rl = torch.linalg.qr(left.to(work))
-            qr, rr = torch.linalg.qr(right.to(work))
-            middle = rl @ rr.mT if self.core is None else rl @ self.core.to(work) @ rr.mT
+            times_left, rl = _orthogonalised(self.left.to(work))
+            times_right, rr = _orthogonalised(self.right.to(work))
+            middle = rl @ rr.mT if self.core is None else rl @ self.core.double() @ rr.mT
             # The small SVD is cheap, so it runs in float64 and adds no error of its own.
-            u, s, vh = torch.linalg.svd(middle.double(), full_matrices=False)
+            u, s, vh = torch.linalg.svd(middle, full_matrices=False)
+            left, right = times_left(u).to(work), times_right(vh.mT).to(work)
         total = s.square().sum()
-        return TruncatedSVD(
-            ql @ u.to(work),
-            s.to(work),
-            qr @ vh.mT.to(work),
-            total,
-            "exact",
-            0,
-            torch.zeros((), dtype=torch.float64),
-        )
+        gain = torch.zeros((), dtype=torch.float64)
+        return TruncatedSVD(left, s.to(work), right, total, "exact", 0, gain)
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """Returns the best approximation of the given rank and the energy it keeps (1 for a zero matrix)."""
@@ -175,3 +168,20 @@ class LowRank:
             raise ValueError(f"rank must be at least 1, got {rank}")
         svd = self.svd().truncated(rank)
         return LowRank(svd.u * svd.s, None, svd.v), float(svd.energy)
+
+
+def _orthogonalised(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Returns c ↦ Q c and R (float64) of the thin QR x = Q R.
+
+    Tall float32 factors take Cholesky's R of the float64 Gram matrix, twice as fast as Householder's and as
+    accurate as float32 needs up to the condition its diagonal shows; the others take Householder's.
+    """
+    if x.dtype == torch.float32 and x.shape[0] >= 4 * x.shape[1] > 0:
+        double = x.double()
+        lower, info = torch.linalg.cholesky_ex(double.mT @ double)
+        diagonal = lower.diagonal()
+        if int(info) == 0 and float(diagonal.min()) > 1e-4 * float(diagonal.max()):
+            r = lower.mT
+            return lambda c: double @ torch.linalg.solve_triangular(r, c, upper=True), r
+    q, r = torch.linalg.qr(x)
+    return lambda c: q @ c.to(q.dtype), r.double()

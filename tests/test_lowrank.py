@@ -44,6 +44,22 @@ def test_svd_is_that_of_the_product(core, generator):
     assert torch.allclose(svd.v.mT @ svd.v, eye, atol=1e-5)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1e-3, 1e-5, 0.0])
+def test_svd_of_tall_ill_conditioned_factors(ratio, generator):
+    """Both roads to the triangular factors, and the border between them."""
+    left, right = torch.randn(300, 6, generator=generator), torch.randn(200, 6, generator=generator)
+    left[:, 3] = left[:, 2] + ratio * left[:, 3]
+    svd = LowRank(left, None, right).svd()
+    truth = left.double() @ right.double().mT
+    assert float((svd.dense().double() - truth).norm() / truth.norm()) < 2e-6
+    assert torch.allclose(
+        svd.s.double(), torch.linalg.svdvals(truth)[:6], rtol=1e-5, atol=1e-5 * float(svd.s[0])
+    )
+    kept = svd.truncated(5)
+    assert torch.allclose(kept.u.mT @ kept.u, torch.eye(5), atol=1e-5)
+    assert torch.allclose(kept.v.mT @ kept.v, torch.eye(5), atol=1e-5)
+
+
 def test_truncation_is_the_best_of_its_rank_and_reports_energy(generator):
     x = sample(generator)
     truncated, energy = x.truncate(2)
