@@ -259,10 +259,10 @@ def report(results: dict[str, Any]) -> str:
     if "memory" in results:
         table(
             "Full fine-tunes: peak resident memory, bound 1 GB + (T + 6) × the largest tensor in float32",
-            "| method | tasks | largest tensor | layers | peak | bound | seconds |",
+            "| method | tasks | largest tensor | layers | peak | bound |",
             [
                 f"| {r['method']} | {r['tasks']} | {r['width']} × {r['width']} | {r['layers']} "
-                f"| {r['peak_mb']:.0f} MB | {r['bound_mb']:.0f} MB | {r['seconds']:.1f} |"
+                f"| {r['peak_mb']:.0f} MB | {r['bound_mb']:.0f} MB |"
                 for r in results["memory"]
             ],
         )
