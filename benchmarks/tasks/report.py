@@ -127,17 +127,14 @@ def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     return [{k: sum(table[t][k] for table in tables) / len(tables) for k in keys} for t in targets]
 
 
-def regrets(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """What one common alignment target costs on the validation texts, against each method's own best scale.
-
-    Only targets that were measured for every method; the average, which has no scale, is left out.
-    """
-    curves = [{p["alignment"]: p["normalised"] for p in row["curve"]} for row in rows if row["curve"]]
-    table = []
-    for target in sorted(set.intersection(*(set(curve) for curve in curves))):
-        losses = [max(curve.values()) - curve[target] for curve in curves]
-        table.append({"alignment": target, "mean": sum(losses) / len(losses), "largest": max(losses)})
-    return table
+def regrets(rows: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Per method what each alignment target costs on validation texts, against the method's own best one."""
+    losses = {}
+    for row in rows:
+        if row["curve"]:
+            best = max(point["normalised"] for point in row["curve"])
+            losses[row["method"]] = {p["alignment"]: best - p["normalised"] for p in row["curve"]}
+    return losses
 
 
 HEADING = """# Real tasks: fine-tunes of one sentence encoder, merged
@@ -149,8 +146,8 @@ accuracy over that of the task's own fine-tune, averaged over tasks. Standard er
 fine-tuning seeds; differences are paired, text by text.
 """
 REGRET = """
-Validation accuracy lost by one common alignment target, in points of normalised accuracy, against each
-method's own best, where all methods were measured (the average has no scale):
+Validation accuracy lost at an alignment target a(λD), in points of normalised accuracy, against each
+method's own best; empty where the scan had ended before:
 """
 
 
@@ -174,13 +171,14 @@ def _page(settings: list[dict[str, Any]]) -> list[str]:
         ]
         lines += [_method_line(row, tasks) for row in setting["methods"]]
         lines += [_line(["own fine-tunes", *_percent(own, tasks), "100", "", "", "", ""]), REGRET]
-        regret = setting["regret"]
+        targets = sorted({target for losses in setting["regret"].values() for target in losses})
         lines += [
-            _line(["a(λD)", *(f"{r['alignment']:g}" for r in regret)]),
-            "|---" * (len(regret) + 1) + "|",
-            _line(["mean", *(f"{100 * r['mean']:.1f}" for r in regret)]),
-            _line(["largest", *(f"{100 * r['largest']:.1f}" for r in regret)]),
+            _line(["method", *(f"{target:g}" for target in targets)]),
+            "|---" * (len(targets) + 1) + "|",
         ]
+        for method, losses in setting["regret"].items():
+            cells = [f"{100 * losses[target]:.1f}" if target in losses else "" for target in targets]
+            lines.append(_line([method, *cells]))
     return lines
 
 
