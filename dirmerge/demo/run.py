@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -191,24 +192,30 @@ def _merge_and_evaluate(
 def _report(summary: Mapping[str, Any], out: Path, show: Console) -> None:
     """Prints the table, and how the user merges his own models."""
     names = list(summary["tasks"])
-    table = Table(title="Accuracy on each task's test texts, %", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for name in (*names, "average", "normalised", "λ", "merge, s"):
-        table.add_column(name, justify="right")
+    # Two narrow tables: together they would not fit the 80 columns of a plain terminal or a log.
+    tasks, totals = (
+        Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for title in ("Accuracy on each task's test texts, %", "All tasks")
+    )
+    for table, columns in ((tasks, names), (totals, ("average, %", "normalised, %", "λ", "merge, s"))):
+        table.add_column("model", no_wrap=True)
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
 
-    def cells(row: Mapping[str, Any]) -> list[str]:
-        return [f"{100 * row['accuracy'][name]:.1f}" for name in names] + [f"{100 * row['average']:.1f}"]
+    def add(model: str, row: Mapping[str, Any], rest: Sequence[str], style: str | None) -> None:
+        tasks.add_row(model, *(f"{100 * row['accuracy'][name]:.1f}" for name in names), style=style)
+        totals.add_row(model, f"{100 * row['average']:.1f}", *rest, style=style)
 
     own = summary["own_adapters"]
     base_rate = normalised(summary["base"]["accuracy"], own["accuracy"])
-    table.add_row("base model", *cells(summary["base"]), f"{100 * base_rate:.1f}", "", "", style="dim")
+    add("base model", summary["base"], (f"{100 * base_rate:.1f}", "", ""), "dim")
     ranked = sorted(summary["methods"].items(), key=lambda item: item[1]["average"])
     for method, row in ranked:
         scale = "" if row["scale"] is None else f"{row['scale']:.2f}"
         last = (f"{100 * row['normalised']:.1f}", scale, f"{row['merge_seconds']:.1f}")
-        table.add_row(method, *cells(row), *last, style="bold" if method == KEPT else None)
-    table.add_row("own adapters", *cells(own), "100.0", "", "", style="dim")
-    show.print(table)
+        add(method, row, last, "bold" if method == KEPT else None)
+    add("own adapters", own, ("100.0", "", ""), "dim")
+    show.print(tasks, totals)
     error = 100 * summary["standard_error_of_average"]
     show.print(
         "Normalised: accuracy over that of the task's own adapter, averaged over tasks. Standard error of an "
