@@ -346,6 +346,7 @@ def _print_summary(result: MergeResult) -> None:
         rows.append([f"fallback in {name}", "; ".join(fallbacks)])
     if len(result.fallbacks) > 5:
         rows.append(["more fallbacks", f"in {len(result.fallbacks) - 5} tensors, see dirmerge.json"])
+    rows += [["note", note] for note in result.frequent_notes()]
     rows.append(["output", str(result.path)])
     console.print(_table("Merged", ["", ""], rows))
 

@@ -108,6 +108,11 @@ class MergeResult:
         """Tensors whose method took another road than the one asked for."""
         return {record.name: record.fallbacks for record in self.records if record.fallbacks}
 
+    def frequent_notes(self, most: int = 5) -> list[str]:
+        """Return what was noted of the most tensors, with their number."""
+        counts = Counter(note for record in self.records for note in record.notes)
+        return [f"{note} ({count} tensors)" for note, count in counts.most_common(most)]
+
     @property
     def rules(self) -> dict[str, int]:
         """Number of tensors by rule."""
@@ -143,6 +148,7 @@ class MergeResult:
             f"peak RSS   {self.peak_rss / 1e9:.2f} GB",
             f"fallbacks  {len(self.fallbacks)}",
         ]
+        lines += [f"note       {note}" for note in self.frequent_notes()]
         if self.path is not None:
             lines.append(f"output     {self.path}")
         return "\n".join(lines)

@@ -343,6 +343,15 @@ def test_dc_merge_filter_and_blocks(generator):
     assert int((core != 0).sum()) == int(mask.sum())
 
 
+def test_dc_merge_says_when_its_filter_keeps_next_to_nothing(generator):
+    loras = adapters(generator, 200, 150, ranks=(16, 16, 16))
+    record = dirmerge.merge_deltas(loras, "dc_merge").record
+    assert any(
+        "keeps 2 entries per task, fewer than the rank 16: raise keep" in note for note in record.notes
+    )
+    assert not dirmerge.merge_deltas(loras, "dc_merge", keep=0.01).record.notes
+
+
 def test_merged_delta_scale_and_alignment(generator):
     deltas = dense(generator)
     plain = dirmerge.merge_deltas(deltas, "tsv_m")
