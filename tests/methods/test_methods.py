@@ -224,6 +224,24 @@ def test_weight_zero_is_absence_and_order_does_not_matter(method, generator):
     assert torch.allclose(dirmerge.merge_deltas(deltas[2::-1], method).dense(), without, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["tsv_m", "mda", "iso_c", "iso_cts", "task_arithmetic"])
+def test_a_weight_of_a_sum_multiplies_its_delta(method, generator):
+    a, b, c = dense(generator)
+    weighted = dirmerge.merge_deltas([a, b, c], method, weights=[2, 1, 0.5]).dense()
+    assert torch.allclose(weighted, dirmerge.merge_deltas([2 * a, b, c / 2], method).dense(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("dc_merge", {"keep": 0.5}), ("ties", {"density": 0.8}), ("average", {})]
+)
+def test_only_the_ratio_of_weights_of_a_mean_matters(method, options, generator):
+    deltas = dense(generator)
+    one = dirmerge.merge_deltas(deltas, method, weights=[2, 1, 3], **options).dense()
+    twice = dirmerge.merge_deltas(deltas, method, weights=[4, 2, 6], **options).dense()
+    assert torch.allclose(one, twice, atol=1e-12)
+    assert not torch.allclose(one, dirmerge.merge_deltas(deltas, method, **options).dense(), atol=1e-3)
+
+
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("shape", [(20, 33), (33, 20), (1, 9), (9, 1), (5, 5)])
 @pytest.mark.parametrize("count", [1, 2, 7])
