@@ -306,7 +306,7 @@ class _Merge:
             return
         total = sum(source.weight for source in tensor.sources)
         updates = self.read.low_ranks(tensor)
-        common = tensor.shape[0] if tensor.rows is None and tensor.shape else tensor.rows
+        common = tensor.rows
         for start, stop in _chunks(tensor.shape, common):
             base = self.read.base(tensor.name, start, stop) if tensor.in_base else None
             if common is not None and start is not None and start >= common:
@@ -747,10 +747,13 @@ def _extend(record: TensorRecord, merged: MergedDelta) -> None:
 
 
 def _chunks(shape: Sequence[int], common: int | None = None) -> Iterator[Rows]:
-    """Yield row ranges of about CHUNK_BYTES in float32, none across row `common`; (None, None) is all."""
+    """Yield row ranges of about CHUNK_BYTES in float32, none across row `common`; (None, None) is all.
+
+    With `common` the ranges are always explicit: a fine-tune may have more rows than the base.
+    """
     rows = shape[0] if shape else 1
     step = max(1, CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
-    if not shape or (step >= rows and common in (None, rows)):
+    if not shape or (step >= rows and common is None):
         yield None, None
         return
     edge = rows if common is None else common

@@ -251,14 +251,15 @@ def test_expert_stacks_are_merged_matrix_by_matrix(tmp_path):
                 assert_close(found[i], expected)
 
 
-def test_common_rows(tmp_path):
+@pytest.mark.parametrize("fewest", [5, 6, 7])  # rows: fewer than the base's six, as many, more
+def test_common_rows(fewest):
     generator = torch.Generator().manual_seed(6)
     base = {
         "embed_tokens.weight": torch.randn(6, 3, generator=generator),
         **{n: BASE[n] for n in MATRIX_NAMES},
     }
     tuned = []
-    for rows, state in ((5, TUNED[0]), (8, TUNED[1])):
+    for rows, state in ((fewest, TUNED[0]), (8, TUNED[1])):
         tuned.append(
             {
                 "embed_tokens.weight": torch.randn(rows, 3, generator=generator),
@@ -275,12 +276,13 @@ def test_common_rows(tmp_path):
         }
     )
     found = result.state_dict["embed_tokens.weight"]
-    expected = (tuned[0]["embed_tokens.weight"][:5] + 3 * tuned[1]["embed_tokens.weight"][:5]) / 4
-    torch.testing.assert_close(found[:5], expected)
-    assert torch.equal(found[5:], base["embed_tokens.weight"][5:])
+    common = min(fewest, 6)
+    expected = (tuned[0]["embed_tokens.weight"][:common] + 3 * tuned[1]["embed_tokens.weight"][:common]) / 4
+    torch.testing.assert_close(found[:common], expected)
+    assert torch.equal(found[common:], base["embed_tokens.weight"][common:])
     notes = next(record.notes for record in result.records if record.name == "embed_tokens.weight")
     assert any("rows 6:8" in note for note in notes)
-    assert any("rows 5:6" in note for note in notes)
+    assert any("rows 5:6" in note for note in notes) == (fewest == 5)
 
 
 def test_tied_weights_must_be_equal(models):
