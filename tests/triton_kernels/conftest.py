@@ -5,11 +5,8 @@ TRITON_INTERPRET=1 python -m pytest tests/triton_kernels
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +14,6 @@ import torch
 # Triton reads the variable when it is imported, and torch may have imported it before this file runs.
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("run these tests alone: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels")
-
-if importlib.util.find_spec("dirmerge.triton_kernels") is None:
-    # An installation maps the package; in a plain checkout it is the folder at the top.
-    folder = Path(__file__).parents[2] / "triton_kernels"
-    spec = importlib.util.spec_from_file_location(
-        "dirmerge.triton_kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
 
 
 @pytest.fixture
