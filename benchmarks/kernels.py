@@ -26,6 +26,7 @@ from dirmerge.triton_kernels import (
     delta_sketch,
     elect_merge,
     etf_project,
+    etf_project_add,
     gram,
     kth_largest_magnitude,
     lowrank_add,
@@ -109,6 +110,17 @@ def _gram(name: str, dtype: torch.dtype, *, size: int = 512) -> Form:
     )
 
 
+def _etf_add(name: str, base: torch.dtype, update: torch.dtype, *, size: int = 512) -> Form:
+    return Form(
+        "etf_project_add",
+        name,
+        lambda: etf_project_add.etf_project_add(
+            zeros(size, size, dtype=base), zeros(size, size, dtype=update), zeros(size), 9
+        ),
+        {},
+    )
+
+
 def _elect(name: str, dtype: torch.dtype, blocks: list[int] | None) -> Form:
     return Form(
         "elect_merge",
@@ -130,6 +142,10 @@ FORMS = (
             ("float32, K = 512", FP32, 512),
         )
     ),
+    _etf_add("bfloat16", BF16, BF16),
+    _etf_add("bfloat16, float32 update", BF16, FP32),
+    _etf_add("float32", FP32, FP32),
+    _etf_add("bfloat16, float32 update, odd rows", BF16, FP32, size=511),
     *(
         Form(
             "kth_largest_magnitude",

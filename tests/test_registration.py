@@ -41,6 +41,13 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((matrices(6, 6, 3).permute(2, 0, 1).double(), None, None, [6]), {}),
     ],
     "etf_project": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
+    "etf_project_add": [
+        ((matrices(5, 7), matrices(5, 7), matrices(5), 3), {}),
+        (
+            (matrices(7, 5).T.bfloat16(), matrices(5, 7), matrices(5, 2)[:, 0].double(), 2),
+            {"scale": 0.5, "out_dtype": torch.float32},
+        ),
+    ],
     "gram": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
     "kth_largest_magnitude": [((matrices(3, 6, 5), 4), {}), ((matrices(6, 3).T.double(), 1), {})],
     "lowrank_add": [

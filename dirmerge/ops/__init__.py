@@ -9,6 +9,7 @@ from dirmerge.ops.delta import Delta, delta
 from dirmerge.ops.delta_sketch import DeltaSketch, delta_sketch
 from dirmerge.ops.elect_merge import elect_merge
 from dirmerge.ops.etf_project import etf_project
+from dirmerge.ops.etf_project_add import etf_project_add
 from dirmerge.ops.gram import gram
 from dirmerge.ops.kth_largest_magnitude import kth_largest_magnitude
 from dirmerge.ops.lowrank_add import lowrank_add
@@ -23,6 +24,7 @@ __all__ = [
     "delta_sketch",
     "elect_merge",
     "etf_project",
+    "etf_project_add",
     "gram",
     "kth_largest_magnitude",
     "lowrank_add",

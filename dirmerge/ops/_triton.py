@@ -10,16 +10,17 @@ import torch
 
 from dirmerge.backends import FLOATING, implements
 
-_TENSOR_CORES = (torch.bfloat16, torch.float16, torch.float32)
+_UP_TO_FLOAT32 = (torch.bfloat16, torch.float16, torch.float32)
 
 _DTYPES = {
-    "delta_sketch": _TENSOR_CORES,
+    "delta_sketch": _UP_TO_FLOAT32,
     "elect_merge": FLOATING,
     "etf_project": FLOATING,
-    "gram": _TENSOR_CORES,
+    "etf_project_add": _UP_TO_FLOAT32,
+    "gram": _UP_TO_FLOAT32,
     "kth_largest_magnitude": FLOATING,
-    "lowrank_add": _TENSOR_CORES,
-    "polar_step": _TENSOR_CORES,
+    "lowrank_add": _UP_TO_FLOAT32,
+    "polar_step": _UP_TO_FLOAT32,
     "rotation_step": (torch.float32,),
 }
 

@@ -19,6 +19,7 @@ TESTED = {
     ("kth_largest_magnitude", "bfloat16"),
     ("elect_merge", "bfloat16"),
     ("etf_project", "bfloat16, K = 128"),
+    ("etf_project_add", "bfloat16, float32 update"),
 }
 FORMS = [
     pytest.param(form, id=f"{form.op}: {form.name}")
