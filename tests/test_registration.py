@@ -49,6 +49,8 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ),
     ],
     "gram": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
+    "jacobi_eigh": [((matrices(5, 5),), {}), ((matrices(2, 7, 7).mT.half(),), {})],
+    "jacobi_svd": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
     "kth_largest_magnitude": [((matrices(3, 6, 5), 4), {}), ((matrices(6, 3).T.double(), 1), {})],
     "lowrank_add": [
         ((matrices(5, 7), matrices(5, 2), matrices(7, 2)), {}),
