@@ -36,12 +36,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc -type f)
 
 bench: setup  ## OPS=elect_merge narrows it
 	$(BIN)/python -m pytest benchmarks --benchmark-enable $(if $(OPS),-k "$(OPS)") --benchmark-json=benchmarks/results/ops.json
