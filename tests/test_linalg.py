@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dirmerge import linalg
+from dirmerge.linalg import minimax
 
 
 def spectrum(name: str, p: int) -> Tensor:
@@ -199,7 +200,7 @@ def test_polar_of_a_batch_and_of_nothing(generator):
 @settings(max_examples=25, deadline=None)
 @given(lower=st.floats(1e-6, 0.6))
 def test_minimax_quintic_equioscillates(lower):
-    a, b, c, error = linalg._minimax_quintic(lower)
+    a, b, c, error = minimax.quintic(lower)
     x = torch.cat([torch.linspace(lower, 1, 4001, dtype=torch.float64)])
     deviation = (1 - (a * x + b * x**3 + c * x**5)).abs()
     assert float(deviation.max()) <= error * (1 + 1e-5) + 1e-12

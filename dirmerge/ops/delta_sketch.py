@@ -9,6 +9,7 @@ import torch
 
 from dirmerge.backends import implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
+from dirmerge.ops.delta import delta
 
 PRECISIONS = ("float32", "ieee", "bfloat16")
 
@@ -177,9 +178,10 @@ def _delta_sketch_torch(
         tested = test if test.dim() == 2 else test[t]
         for start in range(0, m, rows):
             part = slice(start, start + rows)
-            piece = finetuned[t][part].to(dtype) - base[part].to(dtype)
-            total[t] += piece.double().square().sum()
-            nonfinite[t] += piece.isfinite().logical_not().sum()
+            found = delta(finetuned[t][part], base[part])
+            piece = found.value.to(dtype)
+            total[t] += found.sum_of_squares
+            nonfinite[t] += found.nonfinite
             if precision == "bfloat16":
                 piece = piece.bfloat16().to(dtype)
             if transposed:
