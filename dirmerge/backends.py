@@ -9,6 +9,7 @@ Environment variables, all of them read at installation and none at run time but
 | variable | values | meaning |
 |---|---|---|
 | DIRMERGE_NATIVE | auto (default), require, off | build the C++ library if possible, or fail, or leave it |
+| DIRMERGE_CUDA | auto (default), require, off | the same for the CUDA library; needs nvcc, and no GPU |
 | TRITON_INTERPRET | 0 (default), 1 | `backend("triton")` takes CPU tensors, interpreted: for tests |
 """
 
@@ -27,8 +28,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from dirmerge import cuda
+
 PREFERENCE = ("native", "triton", "torch")
 """The order in which `auto` looks for an implementation."""
+
+# XᵀX is work for tensor cores, which Triton's kernel uses and the CUDA C++ one does not.
+_PREFERENCE_OF = {"gram": ("triton", "native", "torch")}
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """The dtypes that every op takes."""
@@ -56,7 +62,8 @@ class Row:
     reason: str
 
 
-_implementations: dict[tuple[str, str], Implementation] = {}
+# Under one backend an op may have several, for different devices: "native" is C++ on a CPU, CUDA C++ on CUDA.
+_implementations: dict[tuple[str, str], list[Implementation]] = {}
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("dirmerge_backend", default="auto")
 
 
@@ -131,46 +138,64 @@ def implements(
     """
 
     def register(function: F) -> F:
-        _implementations[op, backend] = Implementation(
+        found = Implementation(
             function,
             None if devices is None else frozenset(devices),
             None if dtypes is None else frozenset(dtypes),
         )
+        _implementations.setdefault((op, backend), []).append(found)
         return function
 
     return register
 
 
-def implementations(op: str) -> dict[str, Implementation]:
-    """Returns the implementations of op by backend, whether they can run here or not."""
-    return {name: found for (of, name), found in _implementations.items() if of == op}
+def preference(op: str) -> tuple[str, ...]:
+    """Returns the order in which `auto` looks for an implementation of op."""
+    return _PREFERENCE_OF.get(op, PREFERENCE)
 
 
-def _why_not(op: str, name: str, device: str, dtype: torch.dtype, forced: str = "auto") -> str:
-    """The reason why op cannot run under the named backend while one is forced; empty if it can."""
-    found = _implementations.get((op, name))
-    if found is None:
-        return f"{op} has no {name} kernel"
+def implementations(op: str, device: str) -> dict[str, Implementation]:
+    """Returns the implementations of op for a device by backend, whether they can run here or not."""
+    return {
+        name: found
+        for (of, name), all_found in _implementations.items()
+        if of == op
+        for found in all_found
+        if found.devices is None or device in found.devices
+    }
+
+
+def _find(
+    op: str, name: str, device: str, dtype: torch.dtype, forced: str
+) -> tuple[Implementation | None, str]:
+    """The implementation of op under the named backend while one is forced, or None and the reason."""
+    all_found = _implementations.get((op, name))
+    if not all_found:
+        return None, f"{op} has no {name} kernel"
     # The interpreter is for tests: it has to be asked for, by the environment and by backend("triton").
     interpreted = name == "triton" and forced == "triton" and device == "cpu" and _interpreted()
-    if found.devices is not None and device not in found.devices and not interpreted:
-        return f"the {name} kernel of {op} runs on {', '.join(sorted(found.devices))}, not on {device}"
+    fitting = [f for f in all_found if f.devices is None or device in f.devices or interpreted]
+    if not fitting:
+        devices = sorted({device for found in all_found for device in found.devices or ()})
+        return None, f"the {name} kernel of {op} runs on {', '.join(devices)}, not on {device}"
+    found = fitting[0]
     if found.dtypes is not None and dtype not in found.dtypes:
         taken = ", ".join(sorted(str(d).removeprefix("torch.") for d in found.dtypes))
-        return f"the {name} kernel of {op} takes {taken}, not {str(dtype).removeprefix('torch.')}"
-    if name == "native" and _native is None:
-        return _native_missing
-    if name == "triton":
-        return triton_missing()
-    return ""
+        return None, f"the {name} kernel of {op} takes {taken}, not {str(dtype).removeprefix('torch.')}"
+    missing = ""
+    if name == "native":
+        missing = cuda.missing() if device == "cuda" else _native_missing
+    elif name == "triton":
+        missing = triton_missing()
+    return (None, missing) if missing else (found, "")
 
 
 @functools.cache
 def _select(op: str, forced: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
-    for name in PREFERENCE if forced == "auto" else (forced,):
-        reason = _why_not(op, name, device, dtype, forced)
-        if not reason:
-            return _implementations[op, name].function
+    for name in preference(op) if forced == "auto" else (forced,):
+        found, reason = _find(op, name, device, dtype, forced)
+        if found is not None:
+            return found.function
     raise RuntimeError(f'backend("{forced}") was asked for, but {reason}')
 
 
@@ -212,12 +237,12 @@ def table() -> list[Row]:
         for device in devices:
             for dtype in FLOATING:
                 reasons: list[str] = []
-                for name in PREFERENCE:
+                for name in preference(op):
                     if name == "triton" and device == "cpu":
                         # No CPU is slower for want of it.
                         continue
-                    reason = _why_not(op, name, device, dtype)
-                    if not reason:
+                    found, reason = _find(op, name, device, dtype, "auto")
+                    if found is not None:
                         rows.append(Row(op, device, dtype, name, "; ".join(reasons)))
                         break
                     reasons.append(reason)

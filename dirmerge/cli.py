@@ -157,6 +157,8 @@ def doctor(
     )
     native = report.native if isinstance(report.native, dict) else {"missing": report.native}
     console.print(_table("Native library", ["", ""], [[key, str(value)] for key, value in native.items()]))
+    cuda = report.cuda if isinstance(report.cuda, dict) else {"missing": report.cuda}
+    console.print(_table("CUDA library", ["", ""], [[key, str(value)] for key, value in cuda.items()]))
     grouped: dict[tuple[str, str, str, str], list[str]] = {}
     for op, device, dtype, implementation, reason in report.backends:
         grouped.setdefault((op, device, implementation, reason), []).append(dtype)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,19 @@ class Library:
         """Returns the version, the compiler and the architectures of the library."""
         text: bytes = self._library.dirmerge_cuda_build_info()
         return dict(line.split(": ", 1) for line in text.decode().splitlines())
+
+    def unusable(self) -> str:
+        """Returns why this machine's driver or GPU cannot run the kernels; empty if they can."""
+        code: int = self._library.dirmerge_cuda_status()
+        reason: bytes = self._library.dirmerge_cuda_error(code)
+        return reason.decode() if code else ""
+
+    def size(self, function: str, *arguments: int) -> int:
+        """Returns what dirmerge_<function>(*arguments), a function of sizes alone, says."""
+        found = getattr(self._library, f"dirmerge_{function}")
+        found.restype = ctypes.c_int64
+        size: int = found(*map(ctypes.c_int64, arguments))
+        return size
 
     def call(self, op: str, device: torch.device, *arguments: object) -> None:
         """Calls dirmerge_<op>(*arguments, stream) for the device and its current stream.
@@ -80,9 +95,13 @@ def _load() -> tuple[Library | None, str]:
             "reinstall dirmerge with DIRMERGE_CUDA=require to see what is missing"
         )
     try:
-        return Library(LIBRARY), ""
+        found = Library(LIBRARY)
     except OSError as error:
         return None, f"the CUDA library does not load, reinstall dirmerge: {error}"
+    unusable = found.unusable() if torch.cuda.is_available() else ""
+    if unusable:
+        return None, f"the CUDA library ({found.build_info()['compiler']}) does not run here: {unusable}"
+    return found, ""
 
 
 def missing() -> str:
@@ -133,3 +152,127 @@ def etf_project(core: torch.Tensor) -> torch.Tensor:
     z = _batched(core)
     library().call("etf_project", core.device, z, result, core.dtype, *z.shape, *z.stride())
     return result
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """Launches xᵀx, float32, for 16-bit and float32 x, which is read by its strides."""
+    n = x.shape[-1]
+    result = x.new_empty((*x.shape[:-2], n, n), dtype=torch.float32)
+    batched = _batched(x)
+    library().call("gram", x.device, batched, result, x.dtype, *batched.shape, *batched.stride())
+    return result
+
+
+def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Launches the selection; x[t] that is not contiguous is copied first."""
+    T = x.shape[0]
+    result = x.new_empty(T)
+    if T == 0:
+        return result
+    if not x[0].is_contiguous():
+        x = x.contiguous()
+    bytes_needed = library().size("kth_largest_magnitude_workspace", T)
+    workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=x.device)
+    library().call(
+        "kth_largest_magnitude", x.device, x, k, result, workspace, x.dtype, T, x[0].numel(), x.stride(0)
+    )
+    return result
+
+
+def elect_merge(
+    x: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    blocks: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Launches the merge; x is copied first unless its x[t], or with blocks its rows, are contiguous."""
+    result = x.new_empty(x.shape[1:])
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    starts = None
+    if blocks is None:
+        if not x[0].is_contiguous():
+            x = x.contiguous()
+        rows, columns, stride_row = 1, result.numel(), 0
+    else:
+        if x.stride(2) != 1:
+            x = x.contiguous()
+        rows, columns, stride_row = x.shape[1], x.shape[2], x.stride(1)
+        starts = _on_device([0, *accumulate(blocks)], torch.int64, x.device)
+    library().call(
+        "elect_merge",
+        x.device,
+        x,
+        None if thresholds is None else thresholds.to(compute).contiguous(),
+        None if weights is None else _on_device(weights, compute, x.device),
+        starts,
+        result,
+        x.dtype,
+        x.shape[0],
+        rows,
+        columns,
+        x.stride(0),
+        stride_row,
+        0 if blocks is None else len(blocks),
+    )
+    return result
+
+
+def _on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copies a short list to the device without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+# What the emulated GPU has, and of any GPU what the kernels use beside the matrices.
+_SHARED_BYTES, _SHARED_STATIC = 227 << 10, 4 << 10
+
+
+def _in_shared(device: torch.device, *sizes: int) -> int:
+    """How many of several pieces, the first ones first, fit into the shared memory of one block."""
+    left = _SHARED_BYTES - _SHARED_STATIC
+    if device.type == "cuda":
+        left = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _SHARED_STATIC
+    for count, size in enumerate(sizes):
+        left -= size
+        if left < 0:
+            return count
+    return len(sizes)
+
+
+def jacobi_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the Jacobi SVD; columns too long for shared memory are rotated by a QR decomposition first."""
+    a = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+    if a.shape[-2] < a.shape[-1]:
+        v, s, u, sweeps = jacobi_svd(a.mT)
+        return u, s, v, sweeps
+    m, n = a.shape[-2:]
+    if m > n and _in_shared(a.device, (m | 1) * n * a.itemsize) == 0:
+        q, r = torch.linalg.qr(a)
+        u, s, v, sweeps = jacobi_svd(r)
+        return q @ u, s, v, sweeps
+    x = _batched(a)
+    u, s, v = a.new_empty(a.shape), a.new_empty((*a.shape[:-2], n)), a.new_empty((*a.shape[:-2], n, n))
+    sweeps = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
+    matrices = ((m | 1) * n, (n | 1) * n)
+    held = _in_shared(a.device, *(entries * a.itemsize for entries in matrices))
+    workspace = a.new_empty((x.shape[0], sum(matrices[held:])))
+    library().call(
+        "jacobi_svd", a.device, x, u, s, v, sweeps, workspace, a.dtype, held, *x.shape, *x.stride()
+    )  # fmt: skip
+    return u, s, v, sweeps
+
+
+def jacobi_eigh(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the Jacobi eigendecomposition; a is read by its strides."""
+    a = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+    x, n = _batched(a), a.shape[-1]
+    values, vectors = a.new_empty(a.shape[:-1]), a.new_empty(a.shape)
+    sweeps = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
+    even = n + n % 2
+    matrix = even * (even + 1)
+    held = _in_shared(a.device, *(matrix * a.itemsize,) * 2)
+    workspace = a.new_empty((x.shape[0], (2 - held) * matrix))
+    library().call(
+        "jacobi_eigh", a.device, x, values, vectors, sweeps, workspace, a.dtype, held, *x.shape[:2], *x.stride()
+    )  # fmt: skip
+    return values, vectors, sweeps

@@ -18,6 +18,7 @@ class Report:
     Attributes:
         versions: package → version, None when it is not installed.
         native: build information of the native library, or why it is missing.
+        cuda: the same of the CUDA library.
         backends: (op, device, dtype, implementation, why not a faster one).
         threads: torch's threads.
         advice: what is missing and how to get it; empty when all is there.
@@ -25,6 +26,7 @@ class Report:
 
     versions: dict[str, str | None]
     native: dict[str, str] | str
+    cuda: dict[str, str] | str
     backends: list[tuple[str, str, str, str, str]]
     threads: int
     advice: list[str]
@@ -35,6 +37,7 @@ class Report:
         return {
             "versions": self.versions,
             "native": self.native,
+            "cuda": self.cuda,
             "backends": [dict(zip(keys, row, strict=True)) for row in self.backends],
             "threads": self.threads,
             "advice": self.advice,
@@ -45,7 +48,7 @@ def examine() -> Report:
     """Look at the installation; imports torch."""
     import torch
 
-    from dirmerge import __version__, backends
+    from dirmerge import __version__, backends, cuda
 
     versions: dict[str, str | None] = {"dirmerge": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*REQUIRED, *DEMO)}
@@ -57,14 +60,17 @@ def examine() -> Report:
     advice = []
     if isinstance(native, str):
         advice.append(f"without native kernels everything works and some steps are slower: {native}")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        if cuda.missing():
+            advice.append(f"without CUDA C++ kernels Triton and torch serve the GPU: {cuda.missing()}")
+    else:
         advice.append("no CUDA device is visible to torch: everything runs on the CPU")
     missing = [name for name in DEMO if versions[name] is None]
     if missing:
         advice.append(
             f"{', '.join(missing)} missing, which only the demo needs: pip install 'dirmerge[demo]'"
         )
-    return Report(versions, native, rows, torch.get_num_threads(), advice)
+    return Report(versions, native, cuda.build_info(), rows, torch.get_num_threads(), advice)
 
 
 def _version(name: str) -> str | None:

@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype_of_backend" in metafunc.fixturenames:
         pairs = [
             (name, dtype)
-            for name, found in backends.implementations(metafunc.module.OP).items()
+            for name, found in backends.implementations(metafunc.module.OP, "cpu").items()
             # Triton's have tests of their own, which need an interpreter or a GPU.
             if name != "triton"
             for dtype in backends.FLOATING

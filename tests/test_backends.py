@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dirmerge
-from dirmerge import backends, ops
+from dirmerge import backends, cuda, ops
 
 NATIVE_MISSING = isinstance(backends.native_build_info(), str)
 needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is not built")
@@ -18,7 +18,7 @@ needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is 
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An op whose implementations return their names; its native one takes float32 on a CPU only."""
+    """An op whose implementations return their names: on a CPU the native one takes float32 only."""
     monkeypatch.setattr(backends, "_implementations", {})
     monkeypatch.setattr(backends, "_native", object())
     backends._select.cache_clear()
@@ -30,6 +30,10 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> str:
     @backends.implements("probe", "native", devices=("cpu",), dtypes=(torch.float32,))
     def _native() -> str:
         return "native"
+
+    @backends.implements("probe", "triton", devices=("cuda",))
+    def _triton() -> str:
+        return "triton"
 
     yield "probe"
     backends._select.cache_clear()
@@ -43,7 +47,53 @@ def chosen(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 def test_auto_takes_the_first_that_can(probe: str) -> None:
     assert chosen(probe) == "native"
     assert chosen(probe, dtype=torch.float64) == "torch"
-    assert chosen(probe, device="cuda") == "torch"
+    assert chosen(probe, device="mps") == "torch"
+
+
+@pytest.fixture
+def with_cuda(probe: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same op with a native implementation for CUDA too, whose library is there."""
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "")
+
+    @backends.implements("probe", "native", devices=("cuda",), dtypes=(torch.bfloat16, torch.float32))
+    def _cuda() -> str:
+        return "cuda"
+
+    return probe
+
+
+def test_native_is_another_kernel_on_each_device(with_cuda: str) -> None:
+    assert chosen(with_cuda) == "native"
+    assert chosen(with_cuda, device="cuda") == "cuda"
+    assert chosen(with_cuda, device="cuda", dtype=torch.bfloat16) == "cuda"
+    assert chosen(with_cuda, dtype=torch.bfloat16) == "torch"
+    assert chosen(with_cuda, device="cuda", dtype=torch.float64) == "triton"
+    with (
+        backends.backend("native"),
+        pytest.raises(RuntimeError, match="runs on cpu, cuda, not on mps"),
+    ):
+        chosen(with_cuda, device="mps")
+
+
+def test_an_op_may_prefer_another_order(with_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_PREFERENCE_OF", {"probe": ("triton", "native", "torch")})
+    assert chosen(with_cuda, device="cuda") == "triton"
+    assert chosen(with_cuda) == "native"
+    assert backends.preference("gram") == backends.PREFERENCE
+
+
+def test_without_the_cuda_library_its_kernels_are_not_chosen(
+    with_cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "missing", lambda: "no nvcc")
+    assert chosen(with_cuda, device="cuda") == "triton"
+    assert chosen(with_cuda) == "native"
+    with (
+        backends.backend("native"),
+        pytest.raises(RuntimeError, match=r'backend\("native"\) was asked for, but no nvcc'),
+    ):
+        chosen(with_cuda, device="cuda")
 
 
 def test_a_forced_backend_is_taken_and_given_back(probe: str) -> None:
@@ -97,14 +147,18 @@ def test_the_table_has_every_op_and_dtype_and_the_reason_for_torch() -> None:
     assert set(rows) == {(op, dtype) for op, _ in rows for dtype in backends.FLOATING}
     for row in rows.values():
         assert (row.implementation == "torch") == bool(row.reason)
-    assert rows["etf_project", torch.float32].reason == "etf_project has no native kernel"
+    assert rows["polar_step", torch.float32].reason == "polar_step has no native kernel"
+    assert (
+        rows["etf_project", torch.float32].reason
+        == "the native kernel of etf_project runs on cuda, not on cpu"
+    )
 
 
 def test_the_table_says_what_runs() -> None:
     for row in backends.table():
         if row.device == "cpu":
             function = backends.select(row.op, torch.device("cpu"), row.dtype)
-            assert function is backends.implementations(row.op)[row.implementation].function
+            assert function is backends.implementations(row.op, "cpu")[row.implementation].function
 
 
 @needs_native
@@ -120,7 +174,7 @@ WITHOUT_NATIVE = """
 import importlib.util, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "dirmerge._C" else find(name, package)
-from dirmerge import backends, ops
+from dirmerge import backends, cuda, ops
 reason = backends.native_build_info()
 assert isinstance(reason, str) and "C++17 compiler" in reason and "DIRMERGE_NATIVE" in reason, reason
 a, b = torch.randn(2, 20, 30)

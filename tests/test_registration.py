@@ -91,7 +91,7 @@ def test_every_op_has_samples_here_a_test_file_and_a_benchmark() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_takes_every_dtype_on_every_device(name: str) -> None:
-    default = backends.implementations(name)["torch"]
+    default = backends.implementations(name, "cpu")["torch"]
     assert default.devices is None
     assert default.dtypes is None
 

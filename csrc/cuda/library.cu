@@ -7,7 +7,12 @@ DIRMERGE_EXPORT const char* dirmerge_cuda_build_info();
 // The meaning of a code that a launcher returned.
 DIRMERGE_EXPORT const char* dirmerge_cuda_error(int code);
 
+// 0 if this machine's driver and GPU can run the kernels, else the code that a launch would return.
+DIRMERGE_EXPORT int dirmerge_cuda_status();
+
 #if defined(SIMT_EMULATED)
+
+int dirmerge_cuda_status() { return dirmerge::cuda::SUCCESS; }
 
 const char* dirmerge_cuda_build_info() { return "compiler: " __VERSION__ "\nbuilt_for: the CPU, emulated"; }
 
@@ -31,6 +36,14 @@ DIRMERGE_EXPORT void dirmerge_simt_configure(int order, std::int64_t max_blocks)
 
 const char* dirmerge_cuda_build_info() {
     return "version: " DIRMERGE_VERSION "\ncompiler: " DIRMERGE_NVCC "\nbuilt_for: " DIRMERGE_ARCHITECTURES;
+}
+
+// Compiled for the same architectures as all others.
+__global__ void probe_kernel() {}
+
+int dirmerge_cuda_status() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, probe_kernel);
 }
 
 const char* dirmerge_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

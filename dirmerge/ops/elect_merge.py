@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dirmerge import cuda
 from dirmerge.backends import implements, native
 from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
@@ -123,6 +124,9 @@ def _elect_merge_native(
         torch.get_num_threads(),
     )
     return merged
+
+
+implements("elect_merge", "native", devices=("cuda",))(cuda.elect_merge)
 
 
 def elect_merge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dirmerge import cuda
 from dirmerge.backends import implements, native
 from dirmerge.ops._registration import check_floating, register, view
 
@@ -37,6 +38,9 @@ def _kth_largest_magnitude_native(x: torch.Tensor, k: int) -> torch.Tensor:
     result = x.new_empty(x.shape[0])
     native().kth_largest_magnitude(view(x), k, view(result), torch.get_num_threads())
     return result
+
+
+implements("kth_largest_magnitude", "native", devices=("cuda",))(cuda.kth_largest_magnitude)
 
 
 def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:

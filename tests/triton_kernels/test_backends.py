@@ -33,7 +33,7 @@ def test_every_launcher_is_found_when_it_is_asked_for() -> None:
 
 def test_auto_never_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = backends.select("gram", torch.device("cpu"), torch.float32)
-    assert chosen is backends.implementations("gram")["torch"].function
+    assert chosen is backends.implementations("gram", "cpu")["torch"].function
     with backends.backend("triton"):
         x = torch.randn(5, 4)
         assert torch.equal(ops.gram(x), gram(x))
@@ -46,8 +46,8 @@ def test_auto_never_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._select.cache_clear()
 
 
-def test_cuda_prefers_triton_to_torch() -> None:
+def test_cuda_prefers_the_tensor_cores_of_triton() -> None:
     chosen = backends.select("gram", torch.device("cuda"), torch.bfloat16)
-    assert chosen is backends.implementations("gram")["triton"].function
+    assert chosen is backends.implementations("gram", "cuda")["triton"].function
     double = backends.select("gram", torch.device("cuda"), torch.float64)
-    assert double is backends.implementations("gram")["torch"].function
+    assert double is backends.implementations("gram", "cuda")["torch"].function
