@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test kernels test-slow lint format bench tasks clean
+.PHONY: setup demo test kernels test-gpu test-slow lint format bench bench-gpu tasks clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test: setup
 kernels: setup  ## compiles the Triton kernels for every architecture, prints and writes the table of resources
 	$(BIN)/python -m benchmarks.kernels
 
+test-gpu: setup  ## what needs a GPU, and the Triton tests compiled for it; says so where there is none
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/triton_kernels --gpu
+
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
@@ -43,8 +47,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -type f)
 
-bench: setup  ## OPS=elect_merge narrows it
-	$(BIN)/python -m pytest benchmarks --benchmark-enable $(if $(OPS),-k "$(OPS)") --benchmark-json=benchmarks/results/ops.json
+BENCH_OPTIONS = $(if $(OPS),--ops "$(OPS)") $(if $(SHAPES),--shapes "$(SHAPES)") $(if $(DTYPES),--dtypes "$(DTYPES)") $(if $(SLOW),--slow-cases)
+
+bench: setup  ## ops and algorithms, on a GPU where there is one; OPS=polar SHAPES=llama7b DTYPES=float16 narrow it, SLOW=1 adds what takes 30 s a call
+	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
+
+bench-gpu: setup  ## the same on a GPU; says so where there is none
+	$(BIN)/python -m benchmarks --device cuda $(BENCH_OPTIONS)
 
 tasks: setup  ## trains every fine-tune of the real-task benchmark again and evaluates every method (about an hour)
 	$(BIN)/python -m benchmarks.tasks

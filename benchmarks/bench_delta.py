@@ -2,29 +2,34 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
-from benchmarks.shapes import LAYERS
+from benchmarks import competitors
+from benchmarks.shapes import Layer
 from dirmerge import ops
 from dirmerge.ops import Delta
 
+OP, CUPY = "delta", True
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("layer", ["MiniLM MLP", "LLaMA-7B attention", "LLaMA-7B MLP"])
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_delta(measure: Callable[..., None], layer: str, dtype: torch.dtype, backend: str) -> None:
-    shape = LAYERS[layer]
+
+def test_delta(measure: Callable[..., None], layer: Layer, dtype: torch.dtype, backend: str) -> None:
+    shape = layer.m, layer.n
     base = torch.randn(shape).to(dtype)
     finetuned = (base.float() + 0.01 * torch.randn(shape)).to(dtype)
 
     def check(result: Delta) -> None:
+        value, total, nonfinite = result
         truth = finetuned.double() - base.double()
-        assert torch.equal(result.value, truth.float())
-        torch.testing.assert_close(result.sum_of_squares, result.value.double().square().sum())
-        assert result.nonfinite == 0
+        assert torch.equal(value, truth.float())
+        torch.testing.assert_close(total, truth.square().sum(), rtol=1e-6, atol=0)
+        assert nonfinite == 0
 
-    moved = base.numel() * (2 * dtype.itemsize + 4)
     measure(
-        f"{layer} {shape[0]}×{shape[1]}", backend, dtype, lambda: ops.delta(finetuned, base), check, moved
+        layer,
+        backend,
+        dtype,
+        lambda: ops.delta(finetuned, base),
+        check,
+        base.numel() * (2 * dtype.itemsize + 4),
+        cupy=(competitors.delta, [finetuned, base]),
     )

@@ -5,32 +5,45 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.shapes import LAYERS, TASKS
+from benchmarks import competitors
+from benchmarks.shapes import TASKS, Layer
 from dirmerge import ops
 from dirmerge.ops.delta_sketch import random_signs
 
+OP, CUPY = "delta_sketch", True
 
-@pytest.mark.parametrize("layer", ["MiniLM MLP", "ViT-L MLP"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_delta_sketch(measure: Callable[..., None], layer: str, transposed: bool) -> None:
-    m, n = LAYERS[layer]
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["W Ω", "Wᵀ Ω"])
+def test_delta_sketch(
+    measure: Callable[..., None],
+    affordable: Callable[[float], None],
+    layer: Layer,
+    transposed: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> None:
+    m, n = layer.m, layer.n
     width = min(m, n) // TASKS + 16
-    base = torch.randn(m, n).bfloat16()
-    finetuned = [(base.float() + 0.01 * torch.randn(m, n)).bfloat16() for _ in range(TASKS)]
+    flops = TASKS * 2 * m * n * width
+    affordable(flops)
+    base = torch.randn(m, n).to(dtype)
+    finetuned = [(base.float() + 0.01 * torch.randn(m, n)).to(dtype) for _ in range(TASKS)]
+    test = random_signs(m if transposed else n, width, 0)
 
     def check(result: tuple[torch.Tensor, ...]) -> None:
-        difference = (
-            (finetuned[-1].double() - base.double()).T if transposed else finetuned[-1].double() - base
-        )
-        truth = difference[:64] @ random_signs(difference.shape[1], width, 0, dtype=torch.float64)
-        assert (result[0][-1, :64].double() - truth).norm() <= 1e-5 * truth.norm()
+        value = result[0] if isinstance(result, tuple) else result
+        difference = finetuned[-1].double() - base.double()
+        truth = (difference.T if transposed else difference)[:64] @ test.double()
+        assert (value[-1, :64].double() - truth).norm() <= 1e-5 * truth.norm()
 
+    rows = n if transposed else m
     measure(
-        f"{TASKS} × {layer} {m}×{n}{', transposed' if transposed else ''}",
-        "torch",
-        base.dtype,
+        f"{TASKS} × {layer}{', transposed' if transposed else ''}",
+        backend,
+        dtype,
         lambda: ops.delta_sketch(base, finetuned, width=width, transposed=transposed),
         check,
-        (TASKS + 1) * base.nbytes,
-        TASKS * 2 * m * n * width,
+        (TASKS + 1) * base.nbytes + 4 * TASKS * rows * width,
+        flops,
+        cupy=(competitors.delta_sketch, [base, finetuned, test, transposed]),
     )

@@ -5,36 +5,42 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.shapes import CORES, TASKS
+from benchmarks import competitors
+from benchmarks.shapes import TASKS, Core
 from dirmerge import ops
+
+OP, CUPY = "elect_merge", True
 
 
 @pytest.mark.parametrize("is_masked", [False, True], ids=["all", "blocks"])
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_elect_merge(measure: Callable[..., None], core: str, is_masked: bool, backend: str) -> None:
-    K = CORES[core]
-    x = torch.randn(TASKS, K, K)
-    thresholds = torch.full((TASKS,), 1.0)
+def test_elect_merge(
+    measure: Callable[..., None], core: Core, is_masked: bool, dtype: torch.dtype, backend: str
+) -> None:
+    K = core.K
+    x = torch.randn(TASKS, K, K).to(dtype)
+    thresholds = torch.full((TASKS,), 1.0, dtype=dtype)
     blocks = [K // TASKS] * TASKS if is_masked else None
+    mask = torch.block_diag(*(torch.ones(r, r) for r in blocks)) if blocks else None
 
     def check(result: torch.Tensor) -> None:
-        kept = torch.where(x.abs() < 1, torch.zeros(()), x)
-        sign = kept.double().sum(0).sign()
-        chosen = kept * (kept.sign() == sign)
+        kept = torch.where(x.abs() < 1, torch.zeros((), dtype=dtype), x)
+        total = kept.double().sum(0)
+        chosen = kept * (kept.sign() == total.sign())
         truth = chosen.double().sum(0) / (chosen != 0).sum(0).clamp(min=1)
-        if blocks is not None:
-            truth *= torch.block_diag(*(torch.ones(r, r) for r in blocks))
+        if mask is not None:
+            truth *= mask
         # Where the sides all but cancel, float32 may elect the other one.
-        is_clear = kept.double().sum(0).abs() > 1e-5
-        torch.testing.assert_close(result.double()[is_clear], truth[is_clear], rtol=1e-5, atol=0)
+        is_clear = total.abs() > 1e-5
+        rtol = max(1e-5, torch.finfo(dtype).eps)
+        torch.testing.assert_close(result.double()[is_clear], truth[is_clear], rtol=rtol, atol=0)
 
     entries = sum(r * r for r in blocks) if blocks else K * K
     measure(
-        f"{TASKS} × {K}×{K}, {'blocks' if is_masked else 'all'}",
+        f"{TASKS} × {core}, {'blocks' if is_masked else 'all'}",
         backend,
-        x.dtype,
+        dtype,
         lambda: ops.elect_merge(x, thresholds, blocks=blocks),
         check,
-        4 * (TASKS * entries + K * K),
+        dtype.itemsize * (TASKS * entries + K * K),
+        cupy=(competitors.elect_merge, [x, thresholds, mask]),
     )

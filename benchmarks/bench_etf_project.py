@@ -1,21 +1,23 @@
-"""etf_project: centring by torch; a native kernel gained too little to be kept (see the op's docstring)."""
+"""etf_project: the core's rows centred and scaled; a CPU has torch's form alone (see the op's docstring)."""
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
-from benchmarks.shapes import CORES
+from benchmarks import competitors
+from benchmarks.shapes import Core
 from dirmerge import ops
 
+OP, CUPY = "etf_project", True
 
-@pytest.mark.parametrize("core", CORES)
-def test_etf_project(measure: Callable[..., None], core: str) -> None:
-    K = CORES[core]
-    Z = torch.randn(K, K)
+
+def test_etf_project(measure: Callable[..., None], core: Core, dtype: torch.dtype, backend: str) -> None:
+    K = core.K
+    Z = torch.randn(K, K).to(dtype)
 
     def check(result: torch.Tensor) -> None:
         truth = (Z.double() - Z.double().mean(0)) * K / (K - 1)
-        assert (result.double() - truth).norm() <= 1e-6 * truth.norm()
+        assert (result.double() - truth).norm() <= max(1e-6, torch.finfo(dtype).eps) * truth.norm()
 
-    measure(f"{K}×{K}", "torch", Z.dtype, lambda: ops.etf_project(Z), check, 2 * Z.nbytes)
+    arrays = competitors.etf_project, [Z]
+    measure(core, backend, dtype, lambda: ops.etf_project(Z), check, 2 * Z.nbytes, cupy=arrays)

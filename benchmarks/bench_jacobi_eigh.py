@@ -5,12 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.shapes import SMALL, Small
 from dirmerge import ops
 
+OP, DTYPES = "jacobi_eigh", (torch.float32,)
 
-@pytest.mark.parametrize(("batch", "n"), [(8, 128), (256, 16)], ids=str)
-def test_jacobi_eigh(measure: Callable[..., None], batch: int, n: int) -> None:
-    x = torch.randn(batch, 2 * n, n)
+
+@pytest.mark.parametrize("small", SMALL[:2], ids=str)
+def test_jacobi_eigh(measure: Callable[..., None], small: Small, dtype: torch.dtype, backend: str) -> None:
+    n = small.n
+    x = torch.randn(small.batch, 2 * n, n, dtype=dtype)
     a = x.mT @ x
 
     def check(result: tuple[torch.Tensor, ...]) -> None:
@@ -19,12 +23,5 @@ def test_jacobi_eigh(measure: Callable[..., None], batch: int, n: int) -> None:
         truth = torch.linalg.eigvalsh(a.double()).flip(-1)
         assert (values.double() - truth).norm() <= 1e-6 * truth.norm()
 
-    measure(
-        f"{batch} × {n}×{n}",
-        "torch",
-        a.dtype,
-        lambda: ops.jacobi_eigh(a),
-        check,
-        2 * a.nbytes,
-        batch * 6 * n**3,
-    )
+    flops = small.batch * 6 * n**3
+    measure(small, backend, dtype, lambda: ops.jacobi_eigh(a), check, 2 * a.nbytes, flops)

@@ -5,12 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.shapes import SMALL, Small
 from dirmerge import ops
 
+OP, DTYPES = "jacobi_svd", (torch.float32,)
 
-@pytest.mark.parametrize(("batch", "m", "n"), [(8, 128, 128), (256, 16, 16), (64, 512, 16)], ids=str)
-def test_jacobi_svd(measure: Callable[..., None], batch: int, m: int, n: int) -> None:
-    a = torch.randn(batch, m, n)
+
+@pytest.mark.parametrize("small", SMALL, ids=str)
+def test_jacobi_svd(measure: Callable[..., None], small: Small, dtype: torch.dtype, backend: str) -> None:
+    a = torch.randn(small.batch, small.m, small.n, dtype=dtype)
 
     def check(result: tuple[torch.Tensor, ...]) -> None:
         u, s, v, _ = result
@@ -19,12 +22,5 @@ def test_jacobi_svd(measure: Callable[..., None], batch: int, m: int, n: int) ->
         assert (s.double() - truth).norm() <= 1e-6 * truth.norm()
 
     # One sweep of one-sided Jacobi, 6 m multiply-adds per pair of columns; LAPACK's count is of that order.
-    measure(
-        f"{batch} × {m}×{n}",
-        "torch",
-        a.dtype,
-        lambda: ops.jacobi_svd(a),
-        check,
-        2 * a.nbytes,
-        batch * 6 * m * n * n,
-    )
+    flops = small.batch * 6 * small.m * small.n**2
+    measure(small, backend, dtype, lambda: ops.jacobi_svd(a), check, 2 * a.nbytes, flops)

@@ -5,17 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.shapes import CORES, TASKS
+from benchmarks import competitors
+from benchmarks.shapes import TASKS, Core
 from dirmerge import ops
+
+OP, CUPY = "kth_largest_magnitude", True
 
 
 @pytest.mark.parametrize("keep", [0.001, 0.2], ids=["DC-Merge", "TIES"])
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_kth_largest_magnitude(measure: Callable[..., None], core: str, keep: float, backend: str) -> None:
-    K = CORES[core]
+def test_kth_largest_magnitude(
+    measure: Callable[..., None], core: Core, keep: float, dtype: torch.dtype, backend: str
+) -> None:
+    K = core.K
     k = max(1, int(keep * K * K))
-    x = torch.randn(TASKS, K, K)
+    x = torch.randn(TASKS, K, K).to(dtype)
 
     def check(result: torch.Tensor) -> None:
         magnitudes = x.abs().flatten(1)
@@ -23,10 +26,11 @@ def test_kth_largest_magnitude(measure: Callable[..., None], core: str, keep: fl
         assert ((magnitudes > result[:, None]).sum(1) < k).all()
 
     measure(
-        f"{TASKS} × {K}×{K}, k = {keep} K²",
+        f"{TASKS} × {core}, k = {keep} K²",
         backend,
-        x.dtype,
+        dtype,
         lambda: ops.kth_largest_magnitude(x, k),
         check,
         x.nbytes,
+        cupy=(competitors.kth_largest_magnitude, [x, k]),
     )

@@ -1,60 +1,267 @@
-"""Turns the JSON of `make bench` into one Markdown page: `python -m benchmarks.report ops.json > ops.md`."""
+"""Writes one page of every measured number, or compares two runs of the benchmarks.
+
+    python -m benchmarks.report                                 results/README.md, from the JSON beside it
+    python -m benchmarks.report --against OLD.json [NEW.json]   case by case; NEW: results/bench_cpu.json
+
+The page has the ops and algorithms of `make bench`, the pipelines of `python -m benchmarks.pipelines` and the
+accuracies of `make tasks`, each with the machine it ran on.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 
-def milliseconds(entry: dict[str, Any]) -> float:
-    return 1e3 * float(entry["stats"]["median"])
+RESULTS = Path(__file__).parent / "results"
+PAGE = RESULTS / "README.md"
+# What the others are measured against, in the order in which it is looked for.
+REFERENCES = ("torch", "torch.linalg.svd", "dense")
+CLOCKS = {
+    "perf_counter": "wall time",
+    "process_time": "CPU time of one process, on a busy machine,",
+    "synchronised": "wall time between synchronisations with the GPU",
+}
+
+Entry = dict[str, Any]
+Case = tuple[str, str, str]
 
 
-def rate(entry: dict[str, Any]) -> str:
-    info, seconds = entry["extra_info"], float(entry["stats"]["median"])
-    text = f"{info['bytes_moved'] / seconds / 1e9:.1f} GB/s"
-    return f"{text}, {info['flops'] / seconds / 1e9:.0f} GFLOP/s" if info["flops"] else text
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
-def report(results: dict[str, Any]) -> str:
-    """Writes a table per op: medians of both backends, their ratio, and the rate of the faster one."""
-    machine = results["machine_info"]["dirmerge"]
-    timers = {entry["options"]["timer"] for entry in results["benchmarks"]}
-    clocks = {"perf_counter": "wall time", "process_time": "CPU time, on a busy machine,"}
-    clock = ", ".join(clocks.get(timer, timer) for timer in sorted(timers))
-    lines = [
-        "# Ops: native against torch",
-        "",
-        f"Medians of {clock} over 5 to 50 rounds of one run, both backends side by side, every result",
-        "checked before it was timed. torch is the op's torch implementation; GB/s counts each input and",
-        "output once.",
-        "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads.",
-        f"torch {machine['torch']}, dirmerge {machine['dirmerge']} built by {machine['native']}.",
-    ]
-    ops: dict[str, dict[tuple[str, str], dict[str, dict[str, Any]]]] = {}
-    for entry in results["benchmarks"]:
+def table(header: str, rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table, the first columns flush left, and an empty line."""
+    columns = header.split(" | ")
+    marks = ["---"] * left + ["---:"] * (len(columns) - left)
+    lines = [columns, marks, *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+
+def seconds(value: float) -> str:
+    """Three digits in the unit that suits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def cases(run: dict[str, Any]) -> dict[Case, dict[str, Entry]]:
+    """The measurements of a run by (op, case, dtype), then by implementation."""
+    found: dict[Case, dict[str, Entry]] = {}
+    for entry in run["benchmarks"]:
         info = entry["extra_info"]
-        if "backend" not in info:
+        key = info["op"], info["case"], info["dtype"]
+        found.setdefault(key, {})[info["implementation"]] = entry
+    return found
+
+
+def median(entry: Entry) -> float:
+    return float(entry["stats"]["median"])
+
+
+def _roof(entry: Entry) -> str:
+    """How near an entry comes to the machine's measured limits: the larger fraction, and of what."""
+    info = entry["extra_info"]
+    fractions = {"copy": info.get("of_copy", 0), "GEMM": info.get("of_gemm", 0)}
+    limit = max(fractions, key=lambda name: fractions[name])
+    return f"{100 * fractions[limit]:.0f} % of {limit}"
+
+
+def microbenchmarks(run: dict[str, Any]) -> list[str]:
+    """A table per op: the median of every implementation, the best one's ratio and distance to its roof."""
+    by_op: dict[str, dict[Case, dict[str, Entry]]] = {}
+    for key, found in cases(run).items():
+        by_op.setdefault(key[0], {})[key] = found
+    about = run["machine_info"]["dirmerge"]
+    timers = {str(entry["options"]["timer"]).split(".")[-1].strip("'>") for entry in run["benchmarks"]}
+    clock = ", ".join(CLOCKS.get(timer, timer) for timer in sorted(timers))
+    lines = [
+        f"Machine: {machine.line(about)}.",
+        f"Medians of {clock} over the rounds of one run, all implementations of a case side by side, every",
+        "result checked before it was timed.",
+        "",
+    ]
+    for threads, peaks in about["peaks"].items():
+        rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in peaks.items() if name != "copy")
+        lines.append(
+            f"Measured at the start, {threads} {'thread' if threads == '1' else 'threads'}: copy "
+            f"{peaks['copy'] / 1e9:.1f} GB/s read and written; GEMM in GFLOP/s: {rates}."
+        )
+    lines += [
+        "",
+        "The ratio is that of the first column to the best other one. The last column counts each input and",
+        "output once against the copy, and the products of the method against a GEMM of the dtype they are",
+        "computed in (float32 for 16-bit inputs on a CPU), whichever is nearer its limit, for the best.",
+        "",
+    ]
+    for op, found in sorted(by_op.items()):
+        names = list(dict.fromkeys(name for entries in found.values() for name in entries))
+        names.sort(key=lambda name: (name not in REFERENCES, name))
+        rows = []
+        for (_, case, dtype), entries in found.items():
+            own = [entries[name] for name in names if name in entries and name not in REFERENCES]
+            reference = next((entries[name] for name in REFERENCES if name in entries), None)
+            best = min(own or list(entries.values()), key=median)
+            ratio = f"{median(reference) / median(best):.2f}" if reference and own else ""
+            times = [seconds(median(entries[name])) if name in entries else "" for name in names]
+            rows.append([case, dtype, *times, ratio, _roof(best)])
+        header = " | ".join(["case", "dtype", *names, "ratio", "best reaches"])
+        lines += [f"### {op}", "", *table(header, rows, left=2)]
+    return lines
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def _generic(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of a pipeline's rows under their own names; `_s`, `_mb` and `_gb` are units."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    units = {"_s": " (s)", "_mb": " (MB)", "_gb": " (GB)"}
+    names = []
+    for key in keys:
+        unit = next((suffix for suffix in units if key.endswith(suffix)), "")
+        names.append(key.removesuffix(unit).replace("_", " ") + units.get(unit, ""))
+    return table(" | ".join(names), ([_cell(row.get(key, "")) for key in keys] for row in rows))
+
+
+PIPELINES = {
+    "full": "DC-Merge of eight full fine-tunes of one matrix, against dense (T + 2 full SVDs)",
+    "adapters": "DC-Merge of eight rank-16 adapters of one matrix: factored against dense (T + 2 full SVDs)",
+    "seven-billion": "Eight rank-16 adapters of 7B shape (32 layers, 7 matrices each) into one, file to file",
+    "memory": "Full fine-tunes: peak resident memory, bound 1 GB + (T + 6) × the largest tensor in float32",
+}
+
+
+def pipelines(results: dict[str, Any]) -> list[str]:
+    """A table per part of benchmarks.pipelines, with whatever it measured."""
+    lines = [f"Machine: {results['machine']}.", ""] if isinstance(results.get("machine"), str) else []
+    for part, rows in results.items():
+        if not isinstance(rows, (list, dict)):
             continue
-        op = entry["name"].split("[")[0].removeprefix("test_")
-        ops.setdefault(op, {}).setdefault((info["case"], info["dtype"]), {})[info["backend"]] = entry
-    for op, cases in ops.items():
-        lines += ["", f"## {op}", "", "| case | dtype | torch ms | native ms | torch / native | rate |"]
-        lines.append("|---|---|---:|---:|---:|---|")
-        for (case, dtype), found in cases.items():
-            torch_ms = milliseconds(found["torch"])
-            if "native" in found:
-                native_ms = milliseconds(found["native"])
-                numbers = f"{native_ms:.3g} | {torch_ms / native_ms:.1f}"
-            else:
-                numbers = "none | "
-            best = min(found.values(), key=milliseconds)
-            lines.append(f"| {case} | {dtype} | {torch_ms:.3g} | {numbers} | {rate(best)} |")
-    return "\n".join(lines) + "\n"
+        rows = [rows] if isinstance(rows, dict) else rows
+        flat = [row for row in rows if isinstance(row, dict)]
+        lines += [f"### {PIPELINES.get(part, part)}", "", *_generic(flat)]
+    return lines
+
+
+def accuracy(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """Randomized against exact SVDs on the real tasks, where a group of runs has both."""
+    rows = []
+    for group in tasks:
+        for entry in group.get("methods", []):
+            if "exact" in entry and "randomized" in entry:
+                exact, randomized = float(entry["exact"]), float(entry["randomized"])
+                rows.append(
+                    [entry["method"], group["kind"], str(len(group["seeds"])), f"{100 * exact:.2f}",
+                     f"{100 * randomized:.2f}", f"{100 * (randomized - exact):+.2f}"]
+                )  # fmt: skip
+    if not rows:
+        return []
+    header = "method | fine-tunes | seeds | exact | randomized | difference"
+    return ["### Accuracy in per cent on the real tasks", "", *table(header, rows, left=2)]
+
+
+def page(folder: Path = RESULTS) -> str:
+    """Renders everything that is measured in a folder."""
+    runs = {
+        name: load(folder / f"bench_{name}.json")
+        for name in ("cpu", "cuda")
+        if (folder / f"bench_{name}.json").exists()
+    }
+    lines = [
+        "# Measured",
+        "",
+        "Written by `python -m benchmarks.report` from the JSON beside it; nothing here is estimated. What",
+        "is predicted for GPUs is in [roofline.md](roofline.md), the resources and numeric errors of the",
+        "kernels in [kernels.md](kernels.md), the merges of real models in [tasks.md](tasks.md).",
+        "",
+    ]
+    if "cuda" not in runs:
+        lines += ["**No GPU: nothing below ran on one, and the speed of the GPU kernels is unmeasured.**", ""]
+    if (folder / "pipelines.json").exists():
+        results = load(folder / "pipelines.json")
+        lines += ["## Pipelines", "", *pipelines(results)]
+    if (folder / "tasks.json").exists():
+        lines += accuracy(json.loads((folder / "tasks.json").read_text()))
+    for name, run in runs.items():
+        lines += [f"## Ops and algorithms, {'GPU' if name == 'cuda' else 'CPU'}", "", *microbenchmarks(run)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _noise(entry: Entry) -> float:
+    """How far a median may be from the next run's: the rounds' spread relative to it, at least 5 per cent."""
+    stats = entry["stats"]
+    return max(0.05, float(stats["iqr"]) / float(stats["median"])) if stats["rounds"] >= 5 else 0.2
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Says where machines differ and what needs a comment: about the two runs, before any number."""
+    first, second = (run["machine_info"]["dirmerge"] for run in (old, new))
+    names = sorted({*first, *second} - {"peaks"})
+    return [f"{n}: {first.get(n)} → {second.get(n)}" for n in names if first.get(n) != second.get(n)]
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Renders two runs case by case: old over new, and which changed by more than the noise of both."""
+    lines = ["# Two runs, case by case", ""]
+    changed = differences(old, new)
+    if changed:
+        lines += [
+            "**The two runs differ in more than the code:**",
+            "",
+            *(f"- {line}" for line in changed),
+            "",
+        ]
+    else:
+        lines += [f"Machine of both: {machine.line(new['machine_info']['dirmerge'])}.", ""]
+    before, after = (
+        {(*key, name): entry for key, found in cases(run).items() for name, entry in found.items()}
+        for run in (old, new)
+    )
+    rows = []
+    for key in sorted(before.keys() & after.keys()):
+        ratio = median(before[key]) / median(after[key])
+        noise = _noise(before[key]) + _noise(after[key])
+        verdict = "faster" if ratio > 1 + noise else "slower" if ratio < 1 / (1 + noise) else ""
+        times = seconds(median(before[key])), seconds(median(after[key]))
+        rows.append((*key, *times, f"{ratio:.2f}", f"±{100 * noise:.0f} %", verdict))
+    moved = [row for row in rows if row[-1]]
+    lines.append(f"{len(rows)} cases in both, {len(moved)} changed by more than the noise of their rounds.")
+    lines.append("")
+    header = "op | case | dtype | implementation | old | new | old / new | noise | verdict"
+    lines += table(header, [*moved, *(row for row in rows if not row[-1])], left=4)
+    for title, only in (
+        ("Only in the old run", before.keys() - after.keys()),
+        ("New", after.keys() - before.keys()),
+    ):
+        if only:
+            lines += [f"{title}: {len(only)} cases of {', '.join(sorted({key[0] for key in only}))}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Writes the page, or prints a comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--against", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, nargs="?", default=RESULTS / "bench_cpu.json", metavar="NEW.json")
+    arguments = parser.parse_args()
+    if arguments.against:
+        print(compare(load(arguments.against), load(arguments.new)), end="")
+    else:
+        PAGE.write_text(page())
 
 
 if __name__ == "__main__":
-    sys.stdout.write(report(json.loads(Path(sys.argv[1]).read_text())))
+    main()

@@ -1,0 +1,53 @@
+"""svd_truncated: the leading p/8 triplets, exact and randomized, against the full SVD of torch and CuPy."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import competitors, inputs
+from benchmarks.shapes import TASKS, Layer
+from dirmerge.linalg import svd_truncated
+
+VARIANTS = ("torch.linalg.svd", "cupy", "exact", "randomized")
+
+
+def test_svd_truncated(
+    measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: str
+) -> None:
+    m, n = layer.m, layer.n
+    p, q = min(m, n), max(m, n)
+    rank = p // TASKS
+    # A full SVD with both sides by divide and conquer, of the R of a QR where q is much larger than p; a
+    # sketch with two power iterations has six passes.
+    full = 4 * q * p * p + 22 * p**3
+    flops = 12 * m * n * (rank + 16) if variant == "randomized" else full
+    affordable(flops)
+    a = inputs.delta(m, n)
+
+    def check(result: object) -> None:
+        u, s, v = result if isinstance(result, tuple) else (result.u, result.s, result.v)
+        # Of an approximation with orthonormal factors, the energy it captures says how good it is.
+        captured = float((u.double().mT @ a.double() @ v.double()).square().sum() / a.double().square().sum())
+        best = inputs.best_energy(p, rank)
+        assert captured >= (0.98 if variant == "randomized" else 1 - 1e-5) * best
+        assert float((u.mT @ u).sub(torch.eye(rank)).norm()) <= 1e-3
+        truth = inputs.spectrum(p)[:rank]
+        assert float((s.double() - truth).norm() / truth.norm()) <= (
+            0.02 if variant == "randomized" else 1e-5
+        )
+
+    def call() -> object:
+        if variant == "torch.linalg.svd":
+            return competitors.svd(torch, a, rank)
+        return svd_truncated(a, rank, variant)
+
+    measure(
+        f"{layer}, rank {rank}",
+        variant,
+        a.dtype,
+        call,
+        check,
+        a.nbytes + 4 * (m + n + 1) * rank,
+        flops,
+        cupy=(competitors.svd, [a, rank]),
+    )

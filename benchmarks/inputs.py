@@ -1,0 +1,40 @@
+"""Inputs with the spectra of real fine-tunes, known in advance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dirmerge.lowrank import LowRank
+
+
+def spectrum(p: int) -> Tensor:
+    """(p,) float64: i^(−0.7) + 0.3 p^(−1/2), a heavy-tailed head on a flat bulk.
+
+    The leading p/8 of p = 384 … 4096 hold 0.82 to 0.88 of the energy; of real fine-tunes of MiniLM (p = 384)
+    they hold 0.84.
+    """
+    i = torch.arange(1, p + 1, dtype=torch.float64)
+    return i**-0.7 + 0.3 * p**-0.5
+
+
+def orthonormal(m: int, n: int) -> Tensor:
+    """(m, n) random orthonormal columns."""
+    return torch.linalg.qr(torch.randn(m, n)).Q
+
+
+def delta(m: int, n: int) -> Tensor:
+    """(m, n) float32 with the singular values of `spectrum` and random singular vectors."""
+    p = min(m, n)
+    return (orthonormal(m, p) * spectrum(p).float()) @ orthonormal(n, p).T
+
+
+def best_energy(p: int, rank: int) -> float:
+    """The energy of the best rank-r approximation of a `delta`, a fraction of the whole."""
+    squares = spectrum(p).square()
+    return float(squares[:rank].sum() / squares.sum())
+
+
+def adapter(m: int, n: int, rank: int) -> LowRank:
+    """A LoRA update (m, n) of one rank."""
+    return LowRank.from_lora(torch.randn(m, rank) / m**0.5, torch.randn(rank, n) / n**0.5, 2.0)
