@@ -8,20 +8,33 @@ the learned form (`learn`) also moves the scale of every merged parameter, and A
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dirmerge.alignment.config import LearnOptions
+    from dirmerge.alignment.features import LastLayerInput, Pooled, classifier
+    from dirmerge.alignment.heads import CallableHead, Head, StoredHead, read_head, read_heads, write_head
+    from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, learn
+    from dirmerge.alignment.maps import TaskMap, closed_form, feature_map, ridge_map
+    from dirmerge.alignment.model import AlignmentTask, Model, read_features
 
 _HOME = {
     "AlignmentTask": "model",
     "CallableHead": "heads",
     "Head": "heads",
     "LastLayerInput": "features",
+    "LearnOptions": "config",
+    "LearnProgress": "learning",
+    "Learned": "learning",
     "Model": "model",
     "Pooled": "features",
     "StoredHead": "heads",
     "TaskMap": "maps",
+    "adamerging": "learning",
     "classifier": "features",
     "closed_form": "maps",
     "feature_map": "maps",
+    "learn": "learning",
     "read_features": "model",
     "read_head": "heads",
     "read_heads": "heads",
@@ -29,7 +42,29 @@ _HOME = {
     "write_head": "heads",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "AlignmentTask",
+    "CallableHead",
+    "Head",
+    "LastLayerInput",
+    "LearnOptions",
+    "LearnProgress",
+    "Learned",
+    "Model",
+    "Pooled",
+    "StoredHead",
+    "TaskMap",
+    "adamerging",
+    "classifier",
+    "closed_form",
+    "feature_map",
+    "learn",
+    "read_features",
+    "read_head",
+    "read_heads",
+    "ridge_map",
+    "write_head",
+]
 
 
 def __getattr__(name: str) -> Any:

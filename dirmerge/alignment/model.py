@@ -105,16 +105,13 @@ class AlignmentTask:
         """(n, d) features of one batch as the head wants them, in float32 or wider.
 
         Raises:
-            ValueError: the reader gave something else, or NaN or Inf.
+            ValueError: the reader gave something else.
         """
         found = self.features(model, batch)
         if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"task {self.name}: features must be a floating tensor (n, d), got {shape}")
-        z = as_head(self.head).prepare(found.to(torch.promote_types(found.dtype, torch.float32)))
-        if not bool(torch.isfinite(z.detach()).all()):
-            raise ValueError(f"task {self.name}: features must be finite, got NaN or Inf")
-        return z
+        return as_head(self.head).prepare(found.to(torch.promote_types(found.dtype, torch.float32)))
 
     def batch_list(self) -> Sequence[Batch]:
         """The batches, as the sequence they are by now."""
@@ -143,7 +140,13 @@ def read_features(model: Model | torch.nn.Module, task: AlignmentTask, *, bf16: 
         model: the model, or a module to run with its own weights.
         task: its batches and reader.
         bf16: run under bfloat16 autocast.
+
+    Raises:
+        ValueError: features that are no (n, d) floating tensor, or hold NaN or Inf.
     """
     chosen = model if isinstance(model, Model) else Model(model)
     with autocast(device_of(chosen), bf16):
-        return torch.cat([task.read(chosen, batch).cpu() for batch in task.batch_list()])
+        z = torch.cat([task.read(chosen, batch).cpu() for batch in task.batch_list()])
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError(f"task {task.name}: features must be finite, got NaN or Inf")
+    return z
