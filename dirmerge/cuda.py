@@ -231,7 +231,10 @@ def _in_shared(device: torch.device, *sizes: int) -> int:
     """How many of several pieces, the first ones first, fit into the shared memory of one block."""
     left = _SHARED_BYTES - _SHARED_STATIC
     if device.type == "cuda":
-        left = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _SHARED_STATIC
+        properties = torch.cuda.get_device_properties(device)
+        # The larger number is not in torch's stubs, nor in every torch.
+        most = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+        left = most - _SHARED_STATIC
     for count, size in enumerate(sizes):
         left -= size
         if left < 0:
@@ -240,7 +243,7 @@ def _in_shared(device: torch.device, *sizes: int) -> int:
 
 
 def jacobi_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launches the Jacobi SVD; columns too long for shared memory are rotated by a QR decomposition first."""
+    """Launches the Jacobi SVD, of R of a QR decomposition where a is too tall for shared memory."""
     a = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
     if a.shape[-2] < a.shape[-1]:
         v, s, u, sweeps = jacobi_svd(a.mT)
@@ -256,9 +259,8 @@ def jacobi_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     matrices = ((m | 1) * n, (n | 1) * n)
     held = _in_shared(a.device, *(entries * a.itemsize for entries in matrices))
     workspace = a.new_empty((x.shape[0], sum(matrices[held:])))
-    library().call(
-        "jacobi_svd", a.device, x, u, s, v, sweeps, workspace, a.dtype, held, *x.shape, *x.stride()
-    )  # fmt: skip
+    sizes = (held, *x.shape, *x.stride())
+    library().call("jacobi_svd", a.device, x, u, s, v, sweeps, workspace, a.dtype, *sizes)
     return u, s, v, sweeps
 
 
@@ -272,7 +274,6 @@ def jacobi_eigh(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     matrix = even * (even + 1)
     held = _in_shared(a.device, *(matrix * a.itemsize,) * 2)
     workspace = a.new_empty((x.shape[0], (2 - held) * matrix))
-    library().call(
-        "jacobi_eigh", a.device, x, values, vectors, sweeps, workspace, a.dtype, held, *x.shape[:2], *x.stride()
-    )  # fmt: skip
+    sizes = (held, *x.shape[:2], *x.stride())
+    library().call("jacobi_eigh", a.device, x, values, vectors, sweeps, workspace, a.dtype, *sizes)
     return values, vectors, sweeps

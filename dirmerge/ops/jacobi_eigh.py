@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dirmerge import cuda
 from dirmerge.backends import implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
 from dirmerge.ops.jacobi_svd import SMALL, nonfinite_as_zero
@@ -53,6 +54,9 @@ def _jacobi_eigh_torch(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
         vectors.flip(-1).masked_fill(nan[..., None, :], torch.nan).contiguous(),
         -nonfinite.to(torch.int32),
     )
+
+
+implements("jacobi_eigh", "native", devices=("cuda",))(cuda.jacobi_eigh)
 
 
 def jacobi_eigh(a: torch.Tensor) -> JacobiEigh:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dirmerge import cuda
 from dirmerge.backends import implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
 
@@ -73,6 +74,9 @@ def _jacobi_svd_torch(
     )
 
 
+implements("jacobi_svd", "native", devices=("cuda",))(cuda.jacobi_svd)
+
+
 def jacobi_svd(a: torch.Tensor) -> JacobiSVD:
     """Computes the thin SVD a = u diag(s) vᵀ, s descending, of matrices with min(m, n) ≤ 128.
 
@@ -95,13 +99,13 @@ def jacobi_svd(a: torch.Tensor) -> JacobiSVD:
     Accuracy:
         ‖a − u diag(s) vᵀ‖ and the orthogonality of u and v to rounding. By Jacobi every singular value also
         has a small relative error where a (m ≥ n) is well conditioned up to a scaling of its columns, or
-        (m < n) of its rows; values below 2^−90 ‖a‖ (float32; 2^−900 in float64) become zero.
+        (m < n) of its rows; values below 2^−90 ‖a‖ (float32; 2^−850 in float64) become zero.
 
     Differentiable:
         No: backward raises NotImplementedError.
 
     Source:
-        Hestenes, J. SIAM 6 (1958); de Rijk, SIAM J. Sci. Stat. Comput. 10 (1989); Demmel, Veselić, SIAM J.
+        Hestenes, J. SIAM 6 (1958); Brent, Luk, SIAM J. Sci. Stat. Comput. 6 (1985); Demmel, Veselić, SIAM J.
         Matrix Anal. Appl. 13 (1992).
     """
     _check(a)
