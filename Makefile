@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test kernels test-gpu test-slow lint format bench bench-gpu tasks clean
+.PHONY: setup demo test sanitize kernels test-gpu test-slow lint format bench bench-gpu tasks clean
 
 setup: $(VENV)/.installed
 
@@ -26,12 +26,17 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_kernels
 	$(BIN)/python -m pytest tests/triton_aot
 
-kernels: setup  ## compiles the Triton kernels for every architecture, prints and writes the table of resources
+kernels: setup  ## kernels interpreted, compiled for every architecture and predicted: the table of resources and errors
 	$(BIN)/python -m benchmarks.kernels
 
 test-gpu: setup  ## what needs a GPU, and the Triton tests compiled for it; says so where there is none
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m pytest tests/triton_kernels --gpu
+
+sanitize: setup  ## the CUDA C++ kernels on the CPU, emulated, under ASan and UBSan
+	DIRMERGE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest tests/cuda --ignore tests/cuda/test_resources.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

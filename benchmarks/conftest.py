@@ -24,6 +24,8 @@ from dirmerge import backends
 
 SLOW = 30.0
 """Seconds of one call from which a case runs only where it was asked for."""
+EFFICIENCY = 1 / 3
+"""What factorisations reach of the GEMM rate, to estimate those seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -181,7 +183,7 @@ def affordable(pytestconfig: pytest.Config, peaks: dict[str, float]) -> Callable
     """Skips a case whose FLOPs take half a minute a call on this machine, unless it was asked for."""
 
     def decide(flops: float) -> None:
-        seconds = flops / peaks["float32"]
+        seconds = flops / (EFFICIENCY * peaks["float32"])
         is_asked = pytestconfig.getoption("--slow-cases") or _listed(pytestconfig, "--shapes")
         if seconds >= SLOW and not is_asked:
             pytest.skip(f"about {seconds:.0f} s a call here: name its SHAPES, or SLOW=1, to run it")

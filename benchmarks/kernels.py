@@ -1,43 +1,44 @@
-"""Compiles every Triton kernel ahead of time and reads what the compiler says of it; needs no GPU.
+"""Steps 2 to 4 of the ladder that stands for a GPU: numbers, compilation, prediction. It needs none.
 
-    python -m benchmarks.kernels              prints the table and writes benchmarks/results/kernels.md
+    python -m benchmarks.kernels        prints the table and writes benchmarks/results/kernels.md, roofline.md
 
-Each form is compiled as its launcher would launch it, for NVIDIA's sm_80 (A100), sm_90 (H100, H200) and
-sm_100 (B200) and AMD's gfx942 (MI300). The run fails where a kernel uses the stack, as one that spills
+2. Every form of every Triton kernel runs in Triton's interpreter, in a process of its own
+   (benchmarks.numerics); the CUDA C++ kernels run on the CPU (benchmarks.cuda_kernels).
+3. Each form is compiled as its launcher would launch it, for NVIDIA's sm_80 (A100), sm_90 (H100, H200) and
+   sm_100 (B200) and AMD's gfx942 (MI300), and what the compiler says of it is read.
+4. benchmarks.roofline writes its prediction anew.
+
+The run fails where a kernel errs by more than twice torch's own error, uses the stack, as one that spills
 registers does, or lacks the matrix instruction it is built on.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from dirmerge.triton_kernels import (
-    delta_sketch,
-    elect_merge,
-    etf_project,
-    etf_project_add,
-    gram,
-    kth_largest_magnitude,
-    lowrank_add,
-    polar_step,
-    rotation_step,
-)
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-RESULTS = Path(__file__).parent / "results" / "kernels.md"
+from benchmarks import roofline
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.md"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,148 +48,191 @@ TARGETS = {
 }
 # The instruction that a kernel built on matrix products must contain, for 16-bit and for float32 operands.
 MATRIX_INSTRUCTIONS = {
-    "sm_80": (r"mma\.sync\S*\.bf16\.bf16", r"mma\.sync\S*\.tf32\.tf32"),
-    "sm_90": (r"wgmma\.mma_async\S*\.bf16\.bf16", r"wgmma\.mma_async\S*\.tf32\.tf32"),
+    "sm_80": (r"mma\.sync\S*\.(bf16\.bf16|f16\.f16)", r"mma\.sync\S*\.tf32\.tf32"),
+    "sm_90": (r"wgmma\.mma_async\S*\.(bf16\.bf16|f16\.f16)", r"wgmma\.mma_async\S*\.tf32\.tf32"),
     "sm_100": (r"tcgen05\.mma\S*kind::f16", r"tcgen05\.mma\S*kind::tf32"),
-    "gfx942": (r"v_mfma_f32_\w+_bf16", r"v_mfma_f32_\w+_f32"),
+    "gfx942": (r"v_mfma_f32_\w+_b?f16", r"v_mfma_f32_\w+_f32"),
 }
 ANY_MATRIX_INSTRUCTION = r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)[\w.:]*"
+# Bytes of shared memory of one of NVIDIA's multiprocessors.
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (BF16, FP16, FP32, FP64)}
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def zeros(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
-    """A launcher looks at shapes, strides and alignment only; aligned where the sizes are multiples of 16."""
-    return torch.zeros(shape, dtype=dtype)
+def normal(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    """Normal numbers; their rows are aligned for vector loads where the sizes are multiples of 16."""
+    return torch.randn(shape).to(dtype)
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to launch an op, and per kernel with matrix products whether its operands have 16 bits."""
+    """One way to launch an op.
+
+    Attributes:
+        op: name of the op.
+        name: what tells this form from the op's others.
+        inputs: makes the arguments for matrices of about a given size.
+        matrix: per kernel with matrix products, whether its operands have 16 bits.
+        ieee: whether IEEE products were asked for, which no matrix unit of NVIDIA's has.
+        odd: whether rows are not aligned, so that elements are addressed one by one.
+    """
 
     op: str
     name: str
-    launch: Callable[[], Any]
-    matrix: dict[str, bool]
+    inputs: Callable[[int], Arguments]
+    matrix: dict[str, bool] = field(default_factory=dict)
     ieee: bool = False
+    odd: bool = False
+
+    def arguments(self, size: int) -> Arguments:
+        """Makes inputs of a size, a multiple of 16; one less where rows are to be odd."""
+        torch.manual_seed(0)
+        return self.inputs(size - 1 if self.odd else size)
+
+    def launch(self, size: int) -> Any:
+        """Launches the op's kernels on such inputs."""
+        launcher = getattr(importlib.import_module(f"dirmerge.triton_kernels.{self.op}"), self.op)
+        args, kwargs = self.arguments(size)
+        return launcher(*args, **kwargs)
 
 
-def _sketch(name: str, dtype: torch.dtype, *, size: int = 512, narrow: bool, **options: Any) -> Form:
-    def launch() -> None:
-        base = zeros(size, size, dtype=dtype)
-        test = zeros(2, size, 144) if options.get("test") else None
-        rest = {key: value for key, value in options.items() if key != "test"}
-        delta_sketch.delta_sketch(base, [base, base], test, width=144, **rest)
-
-    ieee = options.get("precision") == "ieee"
-    return Form("delta_sketch", name, launch, {} if ieee else {"delta_sketch_kernel": narrow}, ieee)
+def _sketch(size: int, *, dtype: torch.dtype, given: bool = False, **options: Any) -> Arguments:
+    base = normal(size, size, dtype=dtype)
+    finetuned = [(base + normal(size, size) / 10).to(dtype) for _ in range(2)]
+    test = (normal(2, size, 144),) if given else ()
+    return (base, finetuned, *test), {"width": 144, **options}
 
 
-def _lowrank(name: str, base: torch.dtype, factor: torch.dtype, *, size: int = 512) -> Form:
-    return Form(
-        "lowrank_add",
-        name,
-        lambda: lowrank_add.lowrank_add(
-            zeros(size, size, dtype=base), zeros(size, 96, dtype=factor), zeros(size, 96, dtype=factor)
-        ),
-        {"lowrank_add_kernel": factor == BF16},
-    )
+def _lowrank(size: int, *, base: torch.dtype, factor: torch.dtype) -> Arguments:
+    left, right = normal(size, 96, dtype=factor), normal(size, 96, dtype=factor)
+    return (normal(size, size, dtype=base), left, right), {"scale": 0.1}
 
 
-def _polar(name: str, dtype: torch.dtype, *, size: int = 512) -> Form:
-    return Form(
-        "polar_step",
-        name,
-        lambda: polar_step.polar_step(zeros(2, size, size, dtype=dtype), 1.0, 1.0, 1.0),
-        {"gram_kernel": dtype == BF16, "polynomial_kernel": False, "apply_kernel": dtype == BF16},
-    )
+def _polar(size: int, *, dtype: torch.dtype) -> Arguments:
+    x = normal(2, size, size) / (2 * size**0.5)
+    return (x.to(dtype), 3.4, -4.8, 2.1), {}
 
 
-def _gram(name: str, dtype: torch.dtype, *, size: int = 512) -> Form:
-    return Form(
-        "gram", name, lambda: gram.gram(zeros(2, size, size, dtype=dtype)), {"gram_kernel": dtype == BF16}
-    )
+def _gram(size: int, *, dtype: torch.dtype) -> Arguments:
+    return (normal(2, size, size, dtype=dtype),), {}
 
 
-def _etf_add(name: str, base: torch.dtype, update: torch.dtype, *, size: int = 512) -> Form:
-    return Form(
-        "etf_project_add",
-        name,
-        lambda: etf_project_add.etf_project_add(
-            zeros(size, size, dtype=base), zeros(size, size, dtype=update), zeros(size), 9
-        ),
-        {},
-    )
+def _elect(size: int, *, dtype: torch.dtype, blocks: int = 0) -> Arguments:
+    x = normal(4, size, size, dtype=dtype)
+    sizes = [size // blocks] * blocks if blocks else None
+    return (x, torch.full((4,), 0.5, dtype=dtype), [1.0, 2.0, 3.0, 4.0], sizes), {}
 
 
-def _elect(name: str, dtype: torch.dtype, blocks: list[int] | None) -> Form:
-    return Form(
-        "elect_merge",
-        name,
-        lambda: elect_merge.elect_merge(
-            zeros(4, 512, 512, dtype=dtype), zeros(4, dtype=dtype), [1.0, 2.0, 3.0, 4.0], blocks
-        ),
-        {},
-    )
+def _etf(size: int, *, dtype: torch.dtype, K: int) -> Arguments:
+    return (normal(4, K, size, dtype=dtype),), {}
+
+
+def _etf_add(size: int, *, base: torch.dtype, update: torch.dtype) -> Arguments:
+    q = normal(size) * (9 / size) ** 0.5
+    return (normal(size, size, dtype=base), normal(size, size, dtype=update), q, 9), {"scale": 0.3}
+
+
+def _kth(size: int, *, dtype: torch.dtype) -> Arguments:
+    return (normal(4, size, size, dtype=dtype), 99), {}
+
+
+def _rotation(size: int) -> Arguments:
+    rotation = torch.linalg.qr(normal(2, size, size)).Q.contiguous()
+    return (rotation, normal(2, size, size) / size**0.5), {"rate": 0.1, "steps": 8}
+
+
+def _products(form: str, dtype: torch.dtype, **options: Any) -> Form:
+    """A form of delta_sketch, with the operands its products are to have."""
+    precision, is_given = options.get("precision", "float32"), options.get("given", False)
+    is_narrow = precision == "bfloat16" or (precision == "float32" and not is_given)
+    ieee = precision == "ieee"
+    matrix = {} if ieee else {"delta_sketch_kernel": is_narrow}
+    odd = form.endswith("odd rows")
+    return Form("delta_sketch", form, partial(_sketch, dtype=dtype, **options), matrix, ieee, odd)
+
+
+def _two_sizes(
+    op: str, name: str, inputs: Callable[[int], Arguments], matrix: dict[str, bool]
+) -> tuple[Form, Form]:
+    """A form with aligned rows and one with odd ones."""
+    return Form(op, name, inputs, matrix), Form(op, f"{name}, odd rows", inputs, matrix, odd=True)
 
 
 FORMS = (
     *(
-        Form("etf_project", name, lambda d=dtype, k=K: etf_project.etf_project(zeros(4, k, 512, dtype=d)), {})
-        for name, dtype, K in (
-            ("bfloat16, K = 128", BF16, 128),
-            ("float32, K = 128", FP32, 128),
-            ("float64, K = 128", FP64, 128),
-            ("float32, K = 512", FP32, 512),
-        )
+        Form("etf_project", f"{NAMES[dtype]}, K = {K}", partial(_etf, dtype=dtype, K=K))
+        for dtype, K in ((BF16, 128), (FP16, 128), (FP32, 128), (FP64, 128), (FP32, 512))
     ),
-    _etf_add("bfloat16", BF16, BF16),
-    _etf_add("bfloat16, float32 update", BF16, FP32),
-    _etf_add("float32", FP32, FP32),
-    _etf_add("bfloat16, float32 update, odd rows", BF16, FP32, size=511),
+    Form("etf_project_add", "bfloat16", partial(_etf_add, base=BF16, update=BF16)),
+    Form("etf_project_add", "float16, float32 update", partial(_etf_add, base=FP16, update=FP32)),
+    Form("etf_project_add", "float32", partial(_etf_add, base=FP32, update=FP32)),
+    *_two_sizes("etf_project_add", "bfloat16, float32 update", partial(_etf_add, base=BF16, update=FP32), {}),
+    *(
+        Form("kth_largest_magnitude", NAMES[dtype], partial(_kth, dtype=dtype))
+        for dtype in (BF16, FP16, FP32, FP64)
+    ),
     *(
         Form(
-            "kth_largest_magnitude",
-            str(dtype).removeprefix("torch."),
-            lambda d=dtype: kth_largest_magnitude.kth_largest_magnitude(zeros(4, 512, 512, dtype=d), 99),
-            {},
+            "elect_merge",
+            NAMES[dtype] + (", blocks" if blocks else ""),
+            partial(_elect, dtype=dtype, blocks=blocks),
         )
-        for dtype in (BF16, FP32, FP64)
+        for dtype, blocks in ((BF16, 0), (FP16, 0), (FP32, 0), (FP32, 4), (FP64, 4))
     ),
-    _elect("bfloat16", BF16, None),
-    _elect("float32", FP32, None),
-    _elect("float32, blocks", FP32, [128] * 4),
-    _elect("float64, blocks", FP64, [128] * 4),
-    _gram("bfloat16", BF16),
-    _gram("float32", FP32),
-    _gram("bfloat16, odd rows", BF16, size=511),
-    _gram("float32, odd rows", FP32, size=511),
-    _lowrank("bfloat16", BF16, BF16),
-    _lowrank("bfloat16, float32 factors", BF16, FP32),
-    _lowrank("float32", FP32, FP32),
-    _lowrank("bfloat16, odd rows", BF16, BF16, size=511),
-    _lowrank("bfloat16, float32 factors, odd rows", BF16, FP32, size=511),
-    _sketch("bfloat16, random", BF16, narrow=True),
-    _sketch("float32, random", FP32, narrow=True),
-    _sketch("float32, random, odd rows", FP32, narrow=True, size=511),
-    _sketch("bfloat16, given", BF16, narrow=False, test=True),
-    _sketch("float32, given", FP32, narrow=False, test=True),
-    _sketch("float32, given, odd rows", FP32, narrow=False, test=True, size=511),
-    _sketch("float32, given, transposed", FP32, narrow=False, test=True, transposed=True),
-    _sketch("bfloat16, random, bfloat16 products", BF16, narrow=True, precision="bfloat16"),
-    _sketch("bfloat16, given, bfloat16 products", BF16, narrow=True, test=True, precision="bfloat16"),
-    _sketch("bfloat16, random, IEEE", BF16, narrow=False, precision="ieee"),
-    _sketch("bfloat16, given, IEEE", BF16, narrow=False, test=True, precision="ieee"),
-    _sketch("float32, given, IEEE", FP32, narrow=False, test=True, precision="ieee"),
-    _sketch("float32, given, IEEE, odd rows", FP32, narrow=False, test=True, precision="ieee", size=511),
-    _polar("bfloat16", BF16),
-    _polar("float32", FP32),
-    _polar("bfloat16, odd rows", BF16, size=511),
-    _polar("float32, odd rows", FP32, size=511),
+    *(
+        form
+        for dtype in (BF16, FP16, FP32)
+        for form in _two_sizes(
+            "gram", NAMES[dtype], partial(_gram, dtype=dtype), {"gram_kernel": dtype != FP32}
+        )
+    ),
+    *(
+        form
+        for name, base, factor in (
+            ("bfloat16", BF16, BF16),
+            ("float16", FP16, FP16),
+            ("bfloat16, float32 factors", BF16, FP32),
+            ("float32", FP32, FP32),
+        )
+        for form in _two_sizes(
+            "lowrank_add",
+            name,
+            partial(_lowrank, base=base, factor=factor),
+            {"lowrank_add_kernel": factor != FP32},
+        )
+    ),
+    _products("bfloat16, random", BF16),
+    _products("float16, random", FP16),
+    _products("float32, random", FP32),
+    _products("float32, random, odd rows", FP32),
+    _products("bfloat16, given", BF16, given=True),
+    _products("float32, given", FP32, given=True),
+    _products("float32, given, odd rows", FP32, given=True),
+    _products("float32, given, transposed", FP32, given=True, transposed=True),
+    _products("bfloat16, random, bfloat16 products", BF16, precision="bfloat16"),
+    _products("bfloat16, given, bfloat16 products", BF16, given=True, precision="bfloat16"),
+    _products("bfloat16, random, IEEE", BF16, precision="ieee"),
+    _products("bfloat16, given, IEEE", BF16, given=True, precision="ieee"),
+    _products("float32, given, IEEE", FP32, given=True, precision="ieee"),
+    _products("float32, given, IEEE, odd rows", FP32, given=True, precision="ieee"),
+    *(
+        form
+        for dtype in (BF16, FP16, FP32)
+        for form in _two_sizes(
+            "polar_step",
+            NAMES[dtype],
+            partial(_polar, dtype=dtype),
+            {"gram_kernel": dtype == BF16, "polynomial_kernel": False, "apply_kernel": dtype == BF16},
+        )
+    ),
     Form(
         "rotation_step",
         "float32",
-        lambda: rotation_step.rotation_step(zeros(2, 512, 512), zeros(2, 512, 512), rate=0.1, steps=1),
+        _rotation,
         {"gram_kernel": False, "polynomial_kernel": False, "apply_kernel": False},
     ),
 )
@@ -226,17 +270,60 @@ def compilation(target: str) -> Iterator[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one kernel needs: registers per thread, bytes of stack and shared memory, matrix instructions."""
+class Row:
+    """One kernel of one form for one architecture; CUDA C++ kernels give rows of the same kind.
 
+    Attributes:
+        op: name of the op.
+        language: "Triton" or "CUDA C++".
+        form: how it is launched or instantiated.
+        kernel: name of the kernel.
+        target: architecture.
+        registers: per thread.
+        spilled: bytes of stack, where what is spilled goes; None where it was not read.
+        shared: bytes of shared memory per block.
+        occupancy: warps that a multiprocessor holds of those it could; None where it was not computed.
+        instructions: matrix instructions.
+    """
+
+    op: str
+    language: str
+    form: str
     kernel: str
+    target: str
     registers: int
-    stack: int
+    spilled: int | None
     shared: int
-    instructions: tuple[str, ...]
+    occupancy: float | None
+    instructions: tuple[str, ...] = ()
 
 
-def resources(kernel: Any) -> Resources:
+@dataclass(frozen=True)
+class Accuracy:
+    """The error of a form against float64, max |found − truth| / max |truth|, and torch's in its dtype."""
+
+    error: float
+    by_torch: float
+    floor: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the error is at most twice torch's; the floor is for where torch happens to be exact."""
+        # Not the negation of >: a NaN is no accuracy.
+        return self.error <= 2 * self.by_torch + self.floor
+
+
+def occupancy(registers: int, warps: int, shared: int, target: str) -> float | None:
+    """Warps that fit a multiprocessor of NVIDIA's at once, out of 64; registers go in units of 256 a warp."""
+    if target not in SHARED_MEMORY:
+        return None
+    per_warp = -(-registers * 32 // 256) * 256
+    # A block's share of shared memory has a kilobyte that the driver keeps.
+    blocks = min(65536 // (per_warp * warps), SHARED_MEMORY[target] // (shared + 1024), 32, 64 // warps)
+    return blocks * warps / 64
+
+
+def resources(kernel: Any, form: Form, target: str) -> Row:
     """Reads registers and stack (where spills go) from the binary, instructions from the assembly."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -252,33 +339,40 @@ def resources(kernel: Any) -> Resources:
             ).stdout
         registers, stack = (int(value) for value in re.findall(r"REG:(\d+) STACK:(\d+)", report)[0])
     instructions = tuple(sorted(set(re.findall(ANY_MATRIX_INSTRUCTION, text))))
-    return Resources(kernel.metadata.name, registers, stack, kernel.metadata.shared, instructions)
+    found, shared = kernel.metadata, kernel.metadata.shared
+    share = occupancy(registers, found.num_warps, shared, target)
+    return Row(
+        form.op, "Triton", form.name, found.name, target, registers, stack, shared, share, instructions
+    )
 
 
-def measure(form: Form, target: str) -> list[Resources]:
-    """Compiles a form; one entry per kernel, the largest numbers where it is launched more than once."""
+def measure(form: Form, target: str, launch: Callable[[int], Any] | None = None) -> list[Row]:
+    """Compiles a form; one row per kernel, the largest numbers where it is launched more than once."""
     with compilation(target) as kernels:
-        form.launch()
-    largest: dict[str, Resources] = {}
-    for found in map(resources, kernels):
+        (launch or form.launch)(512)
+    largest: dict[str, Row] = {}
+    for kernel in kernels:
+        found = resources(kernel, form, target)
         other = largest.get(found.kernel, found)
-        largest[found.kernel] = Resources(
-            found.kernel,
+        shares = [share for share in (found.occupancy, other.occupancy) if share is not None]
+        largest[found.kernel] = Row(
+            *(found.op, found.language, found.form, found.kernel, found.target),
             max(found.registers, other.registers),
-            max(found.stack, other.stack),
+            max(found.spilled or 0, other.spilled or 0),
             max(found.shared, other.shared),
+            min(shares, default=None),
             tuple(sorted({*found.instructions, *other.instructions})),
         )
     return list(largest.values())
 
 
-def broken_promises(form: Form, target: str, kernels: list[Resources]) -> list[str]:
-    """Says which of the promises of this page's head do not hold."""
+def broken_promises(form: Form, target: str, kernels: list[Row]) -> list[str]:
+    """Says which of the promises of this page's head the compiler breaks."""
     broken = []
     for found in kernels:
         where = f"{form.op} ({form.name}), {found.kernel} for {target}"
-        if found.stack:
-            broken.append(f"{where}: {found.stack} bytes of stack")
+        if found.spilled:
+            broken.append(f"{where}: {found.spilled} bytes of stack")
         if form.ieee and target != "gfx942" and found.instructions:
             broken.append(f"{where}: {', '.join(found.instructions)} where IEEE products were asked for")
         if found.kernel in form.matrix:
@@ -289,32 +383,86 @@ def broken_promises(form: Form, target: str, kernels: list[Resources]) -> list[s
     return broken + [f"{form.op} ({form.name}): {kernel} was not launched" for kernel in sorted(missing)]
 
 
+def start_numerics() -> subprocess.Popen[str]:
+    """Starts the interpreter's process; Triton decides at its import whether it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.numerics"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def read_numerics(process: subprocess.Popen[str]) -> dict[tuple[str, str], Accuracy]:
+    """Waits for the interpreter and returns the accuracy of every form."""
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit("the interpreter failed: python -m benchmarks.numerics under TRITON_INTERPRET=1 says why")
+    return {(row.pop("op"), row.pop("form")): Accuracy(**row) for row in json.loads(output)}
+
+
+def wrong_numbers(accuracies: dict[tuple[str, str], Accuracy], language: str) -> list[str]:
+    """Says which forms err by more than twice torch's own error."""
+    return [
+        f"{op} ({form}) in {language}: error {found.error:.1e}, torch's own {found.by_torch:.1e}"
+        for (op, form), found in accuracies.items()
+        if not found.is_kept
+    ]
+
+
+HEAD = f"""\
+# Kernels: resources and numeric errors
+
+Written by `make kernels`; nothing here ran on a GPU, and no speed on one has been measured.
+
+- Triton kernels: compiled ahead of time by triton {triton.__version__}, each form as its launcher launches it
+  (512 × 512, 511 × 511 where rows are odd). Numbers: in Triton's interpreter, 96 × 96 or 95 × 95.
+- CUDA C++ kernels: compiled by nvcc. Numbers: the same source on the CPU, thread by thread.
+- Registers per thread (vector registers on gfx942); bytes spilled (of Triton's kernels the stack, where
+  spills go); bytes of shared memory per block; occupancy: warps that a multiprocessor holds, of 64.
+- Error: max |found − truth| / max |truth| against float64; beside it torch's own in the same dtype. A run
+  fails above twice torch's own, plus half a unit of the arithmetic's dtype where torch happens to be exact.
+"""
+
+
+def page(rows: list[Row], accuracies: dict[tuple[str, str, str], Accuracy]) -> str:
+    """Renders the table; accuracies by language, op and form."""
+    columns = (
+        *("op", "language", "form", "kernel", "target", "registers", "spilled", "shared", "occupancy"),
+        *("matrix instructions", "error", "torch's"),
+    )
+    marks = "|---|---|---|---|---|---:|---:|---:|---:|---|---:|---:|"
+    lines = [HEAD, f"| {' | '.join(columns)} |", marks]
+    for row in rows:
+        instructions = ", ".join(f"`{name}`" for name in row.instructions) or "–"
+        share = "–" if row.occupancy is None else f"{100 * row.occupancy:.0f} %"
+        spilled = "–" if row.spilled is None else str(row.spilled)
+        found = accuracies.get((row.language, row.op, row.form))
+        errors = ("–", "–") if found is None else (f"{found.error:.1e}", f"{found.by_torch:.1e}")
+        cells = (
+            *(row.op, row.language, row.form, row.kernel, row.target, str(row.registers), spilled),
+            *(str(row.shared), share, instructions, *errors),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Prints and writes the table; exits with 1 and a list where a promise does not hold."""
-    lines = [
-        "# Triton kernels: resources",
-        "",
-        f"Compiled ahead of time by triton {triton.__version__}; nothing here ran on a GPU, and no",
-        "speed on one has been measured. Registers per thread (vector registers on gfx942), bytes of stack",
-        "(0: nothing is spilled) and of shared memory per block, matrix instructions.",
-        "",
-        "| op | form | kernel | target | registers | stack | shared | matrix instructions |",
-        "|---|---|---|---|---:|---:|---:|---|",
-    ]
-    broken = []
+    interpreter = start_numerics()
+    rows: list[Row] = []
+    broken: list[str] = []
     for form in FORMS:
         for target in TARGETS:
             kernels = measure(form, target)
+            rows += kernels
             broken += broken_promises(form, target, kernels)
-            for found in kernels:
-                instructions = ", ".join(f"`{name}`" for name in found.instructions) or "–"
-                lines.append(
-                    f"| {form.op} | {form.name} | {found.kernel} | {target} | {found.registers} | "
-                    f"{found.stack} | {found.shared} | {instructions} |"
-                )
-    page = "\n".join(lines) + "\n"
-    print(page)
-    RESULTS.write_text(page)
+    numbers = read_numerics(interpreter)
+    missing = {(form.op, form.name) for form in FORMS} - numbers.keys()
+    broken += [f"{op} ({form}) was not computed" for op, form in sorted(missing)]
+    broken += wrong_numbers(numbers, "Triton")
+    accuracies = {("Triton", *key): found for key, found in numbers.items()}
+    text = page(rows, accuracies)
+    print(text)
+    RESULTS.write_text(text)
+    roofline.PAGE.write_text(roofline.page())
     if broken:
         sys.exit("\n".join(broken))
 

@@ -44,12 +44,33 @@ def test_nothing_spills_and_matrix_units_are_used(form: kernels.Form, target: st
 
 def test_a_kernel_that_spills_is_found() -> None:
     # The sums of a tile of 128 x 128 do not fit the registers of one warp.
-    def launch() -> None:
-        x = kernels.zeros(512, 512, dtype=torch.float16)
+    def launch(size: int) -> None:
+        x = kernels.normal(size, size, dtype=torch.float16)
         options = {"BLOCK_N": 128, "BLOCK_M": 16, "PRECISION": "ieee", "INTERPRETED": False}
-        gram.gram_kernel[(1,)](x, x, 512, 512, 10, 0, 512, 1, num_warps=1, **options)
+        gram.gram_kernel[(1,)](x, x, size, size, 10, 0, size, 1, num_warps=1, **options)
 
-    form = kernels.Form("gram", "one warp", launch, {"gram_kernel": True})
-    broken = kernels.broken_promises(form, "sm_80", kernels.measure(form, "sm_80"))
+    # Of float32 operands a TF32 instruction is expected, which there is not either.
+    form = kernels.Form("gram", "one warp", lambda size: ((), {}), {"gram_kernel": False})
+    broken = kernels.broken_promises(form, "sm_80", kernels.measure(form, "sm_80", launch))
     assert any("bytes of stack" in line for line in broken)
-    assert any("bf16" in line for line in broken)
+    assert any("tf32" in line for line in broken)
+
+
+def test_an_error_above_twice_torchs_own_is_found() -> None:
+    good, bad = kernels.Accuracy(2e-7, 1e-7, 0.0), kernels.Accuracy(3e-7, 1e-7, 6e-8)
+    nan = kernels.Accuracy(float("nan"), 1e-7, 6e-8)
+    numbers = {("gram", "good"): good, ("gram", "bad"): bad, ("gram", "nan"): nan}
+    assert [line.split(")")[0] for line in kernels.wrong_numbers(numbers, "Triton")] == [
+        "gram (bad",
+        "gram (nan",
+    ]
+
+
+def test_occupancy_counts_the_scarcest() -> None:
+    # 8 warps of 128 registers: two blocks of 32768 registers; 100 kB of shared memory: one block of two;
+    # small blocks of 4 warps: 16 blocks of 64 warps.
+    assert kernels.occupancy(128, 8, 0, "sm_80") == 16 / 64
+    assert kernels.occupancy(32, 8, 100_000, "sm_80") == 8 / 64
+    assert kernels.occupancy(32, 8, 100_000, "sm_90") == 16 / 64
+    assert kernels.occupancy(32, 4, 0, "sm_90") == 1
+    assert kernels.occupancy(32, 4, 0, "gfx942") is None
