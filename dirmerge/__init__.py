@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dirmerge.api import merge, plan
     from dirmerge.backends import backend
+    from dirmerge.difference import Difference
     from dirmerge.lowrank import LowRank
     from dirmerge.methods import MergedDelta, merge_deltas
 
 __version__ = "0.1.0"
 
-__all__ = ["LowRank", "MergedDelta", "__version__", "backend", "merge", "merge_deltas", "plan"]
+__all__ = ["Difference", "LowRank", "MergedDelta", "__version__", "backend", "merge", "merge_deltas", "plan"]
 
 _HOME = {
+    "Difference": "dirmerge.difference",
     "LowRank": "dirmerge.lowrank",
     "MergedDelta": "dirmerge.methods",
     "backend": "dirmerge.backends",

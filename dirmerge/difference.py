@@ -19,6 +19,8 @@ _PIECE = 1 << 20
 class Difference:
     """The matrix W_t − W_0, multiplied tile by tile as the two weights are read.
 
+    Whatever reads it raises ValueError where the difference is NaN or infinite.
+
     Attributes:
         finetuned: (m, n) W_t, any floating dtype.
         base: (m, n) W_0, any floating dtype, same device.
@@ -60,45 +62,58 @@ class Difference:
 
     def dense(self) -> Tensor:
         """Returns the difference as one tensor, float32 (float64 if a weight is)."""
-        value = ops.delta(self.finetuned, self.base).value
-        return value.mT if self.is_transposed else value
+        found = ops.delta(self.finetuned, self.base)
+        _check_finite(found.nonfinite)
+        return found.value.mT if self.is_transposed else found.value
 
-    def sketch(self, width: int, seed: int) -> ops.DeltaSketch:
-        """Computes D Ω with the random signs Ω of `ops.delta_sketch`, ‖D‖²_F and the non-finite entries."""
-        return ops.delta_sketch(
+    def sketch(self, width: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Computes D Ω (m, width) with the random signs Ω of `ops.delta_sketch`, and ‖D‖²_F (float64)."""
+        found = ops.delta_sketch(
             self.base, [self.finetuned], width=width, seed=seed, transposed=self.is_transposed
         )
+        _check_finite(found.nonfinite)
+        return found.value[0], found.sum_of_squares[0]
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """Computes D x for x (n, s)."""
         found = ops.delta_sketch(self.base, [self.finetuned], x, transposed=self.is_transposed)
         return found.value[0]
 
-    def gram(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes DᵀD, with what the same pass over the weights finds.
+    def add_to_(self, total: Tensor, weight: float) -> None:
+        """Adds weight · D to total (m, n), in place."""
+        total = total.mT if self.is_transposed else total
+        start = 0
+        for piece in self._pieces():
+            _check_finite(piece.nonfinite)
+            rows = piece.value.shape[0]
+            total[start : start + rows].add_(piece.value, alpha=weight)
+            start += rows
 
-        Args:
-            dtype: of products and sums.
-
-        Returns:
-            (n, n) of that dtype, ‖D‖²_F as float64 and the number of non-finite entries as int64, 0-dim.
-        """
+    def gram(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Computes DᵀD (n, n) with products and sums in dtype, and ‖D‖²_F (float64) from the same pass."""
         n = self.shape[1]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        nonfinite = torch.zeros((), dtype=torch.int64, device=self.device)
         gram = torch.zeros(n, n, dtype=dtype, device=self.device)
-        for piece in self._pieces():
+        for piece in self._pieces(self.is_transposed):
+            _check_finite(piece.nonfinite)
             add_gram_(gram, piece.value.to(dtype))
             total += piece.sum_of_squares
-            nonfinite += piece.nonfinite
         mirror_(gram)
-        return gram, total, nonfinite
+        return gram, total
 
-    def _pieces(self) -> Iterator[ops.Delta]:
-        """Yields the difference in blocks of whole rows."""
+    def _pieces(self, by_columns: bool = False) -> Iterator[ops.Delta]:
+        """Yields W_t − W_0 in blocks of whole rows, or its transpose in blocks of its whole rows."""
         finetuned, base = self.finetuned, self.base
-        if self.is_transposed:
+        if by_columns:
             finetuned, base = finetuned.mT, base.mT
-        rows = max(1, _PIECE // max(base.shape[1], 1))
-        for part, other in zip(finetuned.split(rows), base.split(rows), strict=True):
-            yield ops.delta(part, other)
+        m, n = base.shape
+        rows = max(1, _PIECE // max(n, 1))
+        for start in range(0, m, rows):
+            stop = start + rows
+            yield ops.delta(finetuned[start:stop], base[start:stop])
+
+
+def _check_finite(nonfinite: Tensor) -> None:
+    count = int(nonfinite.sum())
+    if count:
+        raise ValueError(f"W_t − W_0 must be finite, got {count} entries of NaN or Inf")

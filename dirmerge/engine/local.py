@@ -28,6 +28,7 @@ from dirmerge.checkpoints.plan import Input, Plan, Source, TensorPlan
 from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
 from dirmerge.checkpoints.tokenizer import finish_tokenizer
 from dirmerge.checkpoints.writer import OutputFolder, ShardedWriter, Spool, copy_side_files, sha256_file
+from dirmerge.difference import Difference
 from dirmerge.engine.result import MergeResult, Progress, ProgressCallback, TensorRecord
 from dirmerge.errors import MismatchError, NonFiniteError, RecipeError
 from dirmerge.linalg import seed_for, svd_truncated
@@ -519,14 +520,14 @@ class _Loader:
         self.index = index
         self.base = base
 
-    def __call__(self) -> Update:
+    def __call__(self) -> LowRank | Tensor | Difference:
         source, base = self.source, self.base
         if source.rank is not None:
             return self.inputs.low_rank(source)
         assert base is not None  # base_matrix: dense deltas need it
         task = self.inputs.plan.tasks[source.task]
         rows: Rows = (None, None) if self.index is None else (self.index, self.index + 1)
-        difference: Tensor
+        difference: Tensor | Difference
         if source.saved is not None and task.adapter is not None:
             info = task.adapter.saved[source.saved]
             difference = self._difference(read_tensor(info, *rows), info, task, base)
@@ -538,20 +539,24 @@ class _Loader:
         if source.module is not None:
             update = self.inputs.low_rank(source)
             left, right = update.folded()
+            if isinstance(difference, Difference):
+                difference = difference.dense()
             dtype = torch.promote_types(difference.dtype, update.dtype)
             difference = difference.to(dtype).addmm_(left.to(dtype), right.to(dtype).mT)
         return difference
 
-    def _difference(self, value: Tensor, info: TensorInfo, task: Input, base: Tensor) -> Tensor:
-        found = ops.delta(value.reshape(base.shape), base)
-        if int(found.nonfinite):
+    def _difference(self, value: Tensor, info: TensorInfo, task: Input, base: Tensor) -> Difference:
+        # A difference of finite weights is not finite only where both are near the end of float32.
+        bound = _largest(value) + _largest(base)
+        if not bound <= torch.finfo(torch.float32).max:
             _check_finite(value, info, task)
             self.inputs.base(self.tensor.name, None, None)
-            raise NonFiniteError(
-                f"{_place(info, task)}: tensor {info.name!r} minus the base's is not finite: its values "
-                "are too large"
-            )
-        return found.value
+            if not bool(torch.isfinite(ops.delta(value.reshape(base.shape), base).value).all()):
+                raise NonFiniteError(
+                    f"{_place(info, task)}: tensor {info.name!r} minus the base's is not finite: its values "
+                    "are too large"
+                )
+        return Difference(value.reshape(base.shape), base)
 
 
 class _Sink(Protocol):
@@ -767,9 +772,17 @@ def _row_range(update: LowRank, start: int | None, stop: int | None) -> LowRank:
 
 
 def _check_finite(value: Tensor, info: TensorInfo, item: Input) -> Tensor:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if value.is_floating_point() and not math.isfinite(_largest(value)):
         raise NonFiniteError(f"{_place(info, item)}: tensor {info.name!r} holds NaN or Inf")
     return value
+
+
+def _largest(value: Tensor) -> float:
+    """The largest magnitude, NaN where there is one, in one pass."""
+    if value.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(value)
+    return max(-float(low), float(high)) if bool(low == low) else math.nan
 
 
 def _place(info: TensorInfo, item: Input) -> str:

@@ -125,7 +125,7 @@ def _deviation(gram: Tensor) -> Tensor:
     """(...,) float64: ‖G − I‖_F / √k, the diagonal subtracted before the squares are summed."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     squares = torch.linalg.vector_norm(gram, dim=-1).double().square() - diagonal.double().square()
-    total = squares.clamp(min=0).sum(-1) + (diagonal.double() - 1).square().sum(-1)
+    total: Tensor = squares.clamp(min=0).sum(-1) + (diagonal.double() - 1).square().sum(-1)
     return (total / gram.shape[-1]).sqrt()
 
 
@@ -195,13 +195,13 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
 def _polar_gram(x: Tensor, complete: bool) -> tuple[Tensor, int]:
     """The polar factor of one float32 matrix (m, k), m >= k, and its numerical rank.
 
-    With the eigenvectors V of xᵀx in float32, w = x V has nearly orthogonal columns of norms d, the better the
-    larger they are. Below GRAM_SPLIT · d_max they are turned out of the span of the others, to first order,
-    and decomposed by an SVD of their own, which is a thin one. For the others, w = n diag(d) with nᵀn = I + E
-    for a small E, the polar factor is n (I − M), M_ij = d_i E_ij / (d_i + d_j), up to O(E²): the first-order
-    solution S = D + K of S² = wᵀw, K_ij (d_i + d_j) = d_i E_ij d_j.
+    With the eigenvectors V of xᵀx in float32, w = x V has nearly orthogonal columns of norms d, the better
+    the larger they are. Below GRAM_SPLIT · d_max they are turned out of the span of the others, to first
+    order, and decomposed by an SVD of their own, which is a thin one. For the others, w = n diag(d) with
+    nᵀn = I + E for a small E, the polar factor is n (I − M), M_ij = d_i E_ij / (d_i + d_j), up to O(E²): the
+    first-order solution S = D + K of S² = wᵀw, K_ij (d_i + d_j) = d_i E_ij d_j.
     """
-    top = float(torch.linalg.vector_norm(x, dim=0).max())
+    top = float(x.abs().amax())
     if top == 0:
         eye = torch.eye(x.shape[-2], x.shape[-1], dtype=x.dtype, device=x.device)
         return (eye if complete else torch.zeros_like(x)), 0

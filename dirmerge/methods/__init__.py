@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dirmerge.difference import Difference
 from dirmerge.linalg import all_finite, single_thread
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.average import average
 from dirmerge.methods.common import (
-    Delta,
     Factors,
     MergedDelta,
     MergeRecord,
     Scale,
+    TaskDelta,
     Tasks,
     factor_tasks,
     kept_ranks,
@@ -95,7 +97,7 @@ def merge_tasks(
 
 
 def merge_deltas(
-    deltas: Sequence[Delta],
+    deltas: Sequence[TaskDelta],
     method: str = "dc_merge",
     *,
     weights: Sequence[float] | None = None,
@@ -110,9 +112,10 @@ def merge_deltas(
     which act on entries).
 
     Args:
-        deltas: T tensors or LowRank matrices of one shape (m, n), mixed ranks and mixtures allowed;
-            `average`, `task_arithmetic` and `ties` take tensors of any shape. bf16 and fp16 are computed in
-            float32; one float64 input makes all float64.
+        deltas: T tensors, Differences of two weights (never formed where the method can do without) or
+            LowRank matrices, of one shape (m, n), mixed ranks and mixtures allowed; `average`,
+            `task_arithmetic` and `ties` take tensors of any shape. bf16 and fp16 are computed in float32; one
+            float64 input makes all float64.
         method: name of a registered method.
         weights: one per delta, default 1; a delta of weight 0 is left out. Their meaning is the method's.
         scale: λ to multiply into D; default 1, the method's own D.
@@ -124,11 +127,11 @@ def merge_deltas(
         MergedDelta with `dense()`, `low_rank()` and `record`.
 
     Raises:
-        TypeError: for deltas that are neither tensors nor LowRank.
+        TypeError: for deltas that are neither tensors nor Difference nor LowRank.
         ValueError: for unknown methods or options, wrong ranges, shapes that differ, NaN or Inf.
 
     Example:
-        >>> merged = dirmerge.merge_deltas([w1 - w0, w2 - w0], method="tsv_m")
+        >>> merged = dirmerge.merge_deltas([dirmerge.Difference(w, w0) for w in (w1, w2)], method="tsv_m")
         >>> weight = w0 + 1.2 * merged.dense()
     """
     from dirmerge.scale import align
@@ -154,11 +157,13 @@ def merge_deltas(
     return merged if scale is None else merged.scaled(scale)
 
 
-def _checked(deltas: Sequence[Delta]) -> list[Delta]:
+def _checked(deltas: Sequence[TaskDelta]) -> list[TaskDelta]:
     """Returns the deltas in one arithmetic dtype, after all checks; the inputs are never written to."""
     for t, delta in enumerate(deltas):
-        if not isinstance(delta, (Tensor, LowRank)):
-            raise TypeError(f"deltas[{t}] must be a torch.Tensor or a LowRank, got {type(delta).__name__}")
+        if not isinstance(delta, (Tensor, Difference, LowRank)):
+            raise TypeError(
+                f"deltas[{t}] must be a torch.Tensor, a Difference or a LowRank, got {type(delta).__name__}"
+            )
         if isinstance(delta, Tensor) and not delta.is_floating_point():
             raise ValueError(f"deltas[{t}] must be floating point, got {delta.dtype}")
         if tuple(delta.shape) != tuple(deltas[0].shape):
@@ -166,10 +171,25 @@ def _checked(deltas: Sequence[Delta]) -> list[Delta]:
                 f"all deltas must have one shape: deltas[0] has {tuple(deltas[0].shape)}, "
                 f"deltas[{t}] {tuple(delta.shape)}"
             )
-        parts = [delta] if isinstance(delta, Tensor) else [delta.left, delta.right]
-        parts += [delta.core] if isinstance(delta, LowRank) and delta.core is not None else []
-        if not all(all_finite(part) for part in parts):
+        if not all(all_finite(part) for part in _parts(delta)):
             raise ValueError(f"deltas[{t}] must be finite, got NaN or Inf")
     double = any(delta.dtype == torch.float64 for delta in deltas)
     dtype = torch.float64 if double else torch.float32
-    return [delta.to(dtype).detach() if isinstance(delta, Tensor) else delta.to(dtype) for delta in deltas]
+    return [_in_dtype(delta, dtype) for delta in deltas]
+
+
+def _parts(delta: TaskDelta) -> list[Tensor]:
+    if isinstance(delta, Tensor):
+        return [delta]
+    if isinstance(delta, Difference):
+        return [delta.finetuned, delta.base]
+    return [delta.left, delta.right, *([] if delta.core is None else [delta.core])]
+
+
+def _in_dtype(delta: TaskDelta, dtype: torch.dtype) -> TaskDelta:
+    if isinstance(delta, Tensor):
+        return delta.to(dtype).detach()
+    if isinstance(delta, Difference):
+        # The arithmetic is float32 for all but float64 weights: these need no copy.
+        return delta if delta.dtype == dtype else replace(delta, finetuned=delta.finetuned.to(dtype))
+    return delta.to(dtype)

@@ -11,10 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dirmerge.difference import Difference
 from dirmerge.linalg import SVDMethod, gram_root, numerical_rank, polar, svd_truncated
 from dirmerge.lowrank import LowRank
 
 Delta = Tensor | LowRank
+TaskDelta = Delta | Difference
 
 # Types of options that several methods have: their ranges are checked before a method runs.
 Rank = Annotated[int, Field(ge=1)]
@@ -32,15 +34,16 @@ class Tasks:
 
     Args:
         shape: of every delta; (m, n) for the spectral methods.
-        loaders: one callable per task that returns its delta in float32 or float64, dense or LowRank.
-        ranks: per task the rank of its LowRank delta, None for a dense one.
+        loaders: one callable per task that returns its delta: a tensor in float32 or float64, a Difference of
+            two weights, or a LowRank.
+        ranks: per task the rank of its LowRank delta, None for the others.
         names: per task, for messages.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        loaders: Sequence[Callable[[], Delta]],
+        loaders: Sequence[Callable[[], TaskDelta]],
         ranks: Sequence[int | None],
         names: Sequence[str] | None = None,
     ) -> None:
@@ -54,16 +57,16 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._loaders)
 
-    def __getitem__(self, t: int) -> Delta:
+    def __getitem__(self, t: int) -> TaskDelta:
         return self._loaders[t]()
 
-    def __iter__(self) -> Iterator[Delta]:
+    def __iter__(self) -> Iterator[TaskDelta]:
         return (loader() for loader in self._loaders)
 
     def dense(self, t: int) -> Tensor:
         """Loads delta t as a dense tensor."""
         delta = self[t]
-        return delta.dense() if isinstance(delta, LowRank) else delta
+        return delta if isinstance(delta, Tensor) else delta.dense()
 
     @property
     def low_rank(self) -> bool:
@@ -323,14 +326,21 @@ def sum_tasks(tasks: Tasks, weights: Sequence[float]) -> Delta:
         return LowRank.sum([_low_rank(delta).scaled(w) for delta, w in zip(tasks, weights, strict=True)])
     total: Tensor | None = None
     for t, weight in enumerate(weights):
-        delta = tasks.dense(t)
-        total = delta * weight if total is None else total.add_(delta, alpha=weight)
+        delta = tasks[t]
+        if isinstance(delta, LowRank):
+            delta = delta.dense()
+        if total is None:
+            total = torch.zeros(delta.shape, dtype=delta.dtype, device=delta.device)
+        if isinstance(delta, Difference):
+            delta.add_to_(total, weight)
+        else:
+            total.add_(delta, alpha=weight)
         del delta
     assert total is not None  # Tasks are never empty: checked by merge_tasks
     return total
 
 
-def _low_rank(delta: Delta) -> LowRank:
+def _low_rank(delta: TaskDelta) -> LowRank:
     if not isinstance(delta, LowRank):
         raise TypeError("a task announced as low-rank loaded as a dense tensor")
     return delta
@@ -343,11 +353,3 @@ def empty_result(tasks: Tasks, record: MergeRecord, factors: Factors) -> MergedD
     record.notes.append("no task changes this parameter")
     m, n = tasks.shape
     return MergedDelta(LowRank(sample.new_zeros(m, 0), None, sample.new_zeros(n, 0)), record, factors)
-
-
-def svd_flops(m: int, n: int, rank: int, svd: SVDMethod) -> float:
-    """Estimates the FLOPs of a truncated SVD: 14 m n p exact, six passes of width r + 16 randomized."""
-    p = min(m, n)
-    if svd == "exact" or p <= 1024 or rank + 16 > 0.6 * p:
-        return 14.0 * m * n * p
-    return 12.0 * m * n * (rank + 16)

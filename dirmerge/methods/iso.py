@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_truncated
+from dirmerge.difference import Difference
+from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_flops, svd_truncated
 from dirmerge.lowrank import LowRank
 from dirmerge.methods.common import (
     ADAPTER_ALIGNMENT,
@@ -18,13 +19,13 @@ from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
     Rank,
+    TaskDelta,
     Tasks,
     Tolerance,
     between,
     cover_space,
     kept_ranks,
     sum_tasks,
-    svd_flops,
 )
 from dirmerge.methods.registry import register
 
@@ -182,9 +183,11 @@ def iso_cts(
     return MergedDelta(between(left, spectrum.mean().expand(spectrum.numel()), right), record)
 
 
-def _project_off(delta: Delta, basis: Tensor) -> Delta:
+def _project_off(delta: TaskDelta, basis: Tensor) -> Delta:
     """Computes (I − U Uᵀ) D without forming the projector."""
     if isinstance(delta, LowRank):
         left, right = delta.folded()
         return LowRank(left - basis @ (basis.mT @ left), None, right)
+    if isinstance(delta, Difference):
+        return delta.dense().addmm_(basis, (delta.mT @ basis).mT, alpha=-1)
     return torch.addmm(delta, basis, basis.mT @ delta, alpha=-1)

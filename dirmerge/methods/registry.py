@@ -17,7 +17,8 @@ from typing import Any
 
 import pydantic
 
-from dirmerge.methods.common import MergedDelta, Scale, Tasks, kept_ranks, svd_flops
+from dirmerge.linalg import svd_flops
+from dirmerge.methods.common import MergedDelta, Scale, Tasks, kept_ranks
 
 METHODS: dict[str, Method] = {}
 
