@@ -16,8 +16,9 @@ DIRMERGE_EXPORT int dirmerge_elect_merge(const void* x, const void* thresholds, 
         constexpr std::int64_t bytes = sizeof(T);
         const bool wide =
             aligned(x, stride_t * bytes, stride_row * bytes) && aligned(result, columns * bytes);
-        const int width = wide ? WIDEST<T> : 1;
-        const auto kernel = wide ? elect_merge_kernel<T, WIDEST<T>> : elect_merge_kernel<T, 1>;
+        constexpr int WIDE = elect_merge::WIDE<T>;
+        const int width = wide ? WIDE : 1;
+        const auto kernel = wide ? elect_merge_kernel<T, WIDE> : elect_merge_kernel<T, 1>;
         const std::int64_t blocks = rows * ceil_div(columns, elect_merge::THREADS * width);
         return launch(kernel, blocks, elect_merge::THREADS, 0, stream, static_cast<const T*>(x),
                       static_cast<const V*>(thresholds), static_cast<const V*>(weights),

@@ -2,8 +2,8 @@
 // code.
 //
 // A thread owns WIDTH neighbouring entries of the result, loads those of one task after the other in one
-// instruction, and sums the positive and the negative ones apart: the sign of the sum is that of the heavier
-// side. Nothing is shared between threads. Bound by memory.
+// instruction, the next while it adds these, and sums the positive and the negative ones apart: the sign of
+// the sum is that of the heavier side. Nothing is shared between threads. Bound by memory.
 //
 // Occupancy as designed: at least 4 blocks of 256 threads on an SM, half of it at 64 registers a thread.
 #pragma once
@@ -15,6 +15,9 @@ namespace dirmerge::cuda {
 namespace elect_merge {
 constexpr int THREADS = 256;
 constexpr int MIN_BLOCKS = 4;
+// Entries of a thread where rows are aligned: the four sums of more than four would not fit the registers.
+template <typename T>
+constexpr int WIDE = WIDEST<T> < 4 ? WIDEST<T> : 4;
 }  // namespace elect_merge
 
 // The last of the ascending starts that is <= row: the diagonal block that holds it. Blocks may be empty.
@@ -56,9 +59,14 @@ __global__ void __launch_bounds__(elect_merge::THREADS, elect_merge::MIN_BLOCKS)
         V positive[WIDTH] = {}, negative[WIDTH] = {}, positive_weight[WIDTH] = {},
           negative_weight[WIDTH] = {};
         if (column < last && column + WIDTH > first) {
+            using Entries = Pack<T, WIDTH>;
             const T* entries = x + row * stride_row + column;
-            for (int64 t = 0; t < tasks; ++t, entries += stride_t) {
-                const auto pack = *reinterpret_cast<const Pack<T, WIDTH>*>(entries);
+            Entries next = *reinterpret_cast<const Entries*>(entries);
+#pragma unroll 1
+            for (int64 t = 0; t < tasks; ++t) {
+                const Entries pack = next;
+                entries += stride_t;
+                if (t + 1 < tasks) next = *reinterpret_cast<const Entries*>(entries);
                 // A NaN among the thresholds keeps everything, as a comparison with it is false.
                 const V threshold = thresholds == nullptr ? V{0} : thresholds[t];
                 const V weight = weights == nullptr ? V{1} : weights[t];

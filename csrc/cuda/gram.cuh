@@ -2,13 +2,16 @@
 //
 // A block forms one tile of TILE x TILE: it goes down the rows of X in steps of STEP, keeps both strips of
 // columns in shared memory as float32, and every thread accumulates ROWS x COLUMNS products in registers. The
-// next step is loaded from memory while this one is multiplied. These are float32 units at work: for a large
-// n the tensor cores of triton_kernels/gram.py are several times faster, and "auto" prefers them; this kernel
-// needs no Triton, and rounds products of float32 as IEEE does. One block goes down all rows, so that sums do
-// not depend on the grid.
+// next step is loaded from memory while this one is multiplied. One block goes down all rows, so that sums do
+// not depend on the grid; every CHUNK steps the sums are added to totals in shared memory, so that their
+// error grows with the number of rows as little as in a blocked library.
+//
+// These are the float32 units at work: for a large n the tensor cores of triton_kernels/gram.py are several
+// times faster, and "auto" prefers them. This kernel needs no Triton, and rounds products of float32 as IEEE
+// does.
 //
 // Occupancy as designed: at least 4 blocks of 128 threads on an SM, a quarter of it at 128 registers a
-// thread; each thread keeps 32 independent sums in flight. 17 KiB of shared memory a block.
+// thread; each thread keeps 32 independent sums in flight. 33 KiB of shared memory a block.
 #pragma once
 
 #include "elements.cuh"
@@ -22,8 +25,9 @@ constexpr int ROWS = 8;  // of the tile that a thread has
 constexpr int COLUMNS = 4;
 constexpr int THREADS = TILE / ROWS * (TILE / COLUMNS);
 constexpr int LOADS = TILE * STEP / THREADS;  // elements of a strip that a thread loads
-// Keeps packs of four aligned, and lanes that write one column off each other's banks.
-constexpr int PITCH = TILE + 4;
+// Packs of four columns, and one more, which keeps lanes that write one column off each other's banks.
+constexpr int PACKS = TILE / 4 + 1;
+constexpr int CHUNK = 16;  // steps that are summed in registers
 constexpr int MIN_BLOCKS = 4;
 }  // namespace gram
 
@@ -77,9 +81,12 @@ struct Strip {
         rows -= gram::STEP;
     }
 
-    __device__ __forceinline__ void store(float (&shared)[gram::STEP][gram::PITCH]) const {
+    __device__ __forceinline__ void store(Pack<float, 4> (&shared)[gram::STEP][gram::PACKS]) const {
 #pragma unroll
-        for (int i = 0; i < gram::LOADS; ++i) shared[k + i * k_load][column + i * column_load] = value[i];
+        for (int i = 0; i < gram::LOADS; ++i) {
+            const int c = column + i * column_load;
+            shared[k + i * k_load][c / 4].element[c % 4] = value[i];
+        }
     }
 };
 
@@ -90,8 +97,8 @@ __global__ void __launch_bounds__(gram::THREADS, gram::MIN_BLOCKS)
                 int64 stride_n) {
     using namespace gram;
     // Two stages: one is multiplied while the next is written.
-    __shared__ __align__(16) float left[2][STEP][PITCH];
-    __shared__ __align__(16) float right[2][STEP][PITCH];
+    __shared__ Pack<float, 4> left[2][STEP][PACKS], right[2][STEP][PACKS];
+    __shared__ float total[ROWS][COLUMNS][THREADS];  // a thread reads and writes its own
     const int row = static_cast<int>(threadIdx.x) / (TILE / COLUMNS) * ROWS;
     const int column = static_cast<int>(threadIdx.x) % (TILE / COLUMNS) * COLUMNS;
     const int64 tiles_across = ceil_div(n, TILE);
@@ -105,10 +112,13 @@ __global__ void __launch_bounds__(gram::THREADS, gram::MIN_BLOCKS)
         Strip<T> right_strip(matrix, tile_column * TILE, m, n, stride_m, stride_n);
 
         float sum[ROWS][COLUMNS] = {};
+#pragma unroll
+        for (int i = 0; i < ROWS * COLUMNS; ++i) total[i / COLUMNS][i % COLUMNS][threadIdx.x] = 0;
+        const int64 steps = ceil_div(m, STEP);
         left_strip.load();
         right_strip.load();
-        for (int64 m0 = 0; m0 < m; m0 += STEP) {
-            const int stage = m0 / STEP % 2;
+        for (int64 step = 0; step < steps; ++step) {
+            const int stage = static_cast<int>(step % 2);
             left_strip.store(left[stage]);
             right_strip.store(right[stage]);
             // Who passes has finished the step before, so that its stage may be written in the next.
@@ -117,17 +127,21 @@ __global__ void __launch_bounds__(gram::THREADS, gram::MIN_BLOCKS)
             right_strip.load();
 #pragma unroll
             for (int k = 0; k < STEP; ++k) {
-                float a[ROWS], b[COLUMNS];
-#pragma unroll
-                for (int i = 0; i < ROWS; i += 4)
-                    *reinterpret_cast<Pack<float, 4>*>(a + i) =
-                        *reinterpret_cast<const Pack<float, 4>*>(&left[stage][k][row + i]);
-                *reinterpret_cast<Pack<float, 4>*>(b) =
-                    *reinterpret_cast<const Pack<float, 4>*>(&right[stage][k][column]);
+                const Pack<float, 4> a[] = {left[stage][k][row / 4], left[stage][k][row / 4 + 1]};
+                const Pack<float, 4> b = right[stage][k][column / 4];
 #pragma unroll
                 for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) sum[i][j] += a[i] * b[j];
+                    for (int j = 0; j < COLUMNS; ++j) sum[i][j] += a[i / 4].element[i % 4] * b.element[j];
+            }
+            if ((step + 1) % CHUNK == 0 || step + 1 == steps) {
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+                    for (int j = 0; j < COLUMNS; ++j) {
+                        total[i][j][threadIdx.x] += sum[i][j];
+                        sum[i][j] = 0;
+                    }
             }
         }
         __syncthreads();  // the next tile writes the stages
@@ -140,8 +154,8 @@ __global__ void __launch_bounds__(gram::THREADS, gram::MIN_BLOCKS)
                 const int64 r = tile_row * TILE + row + i;
                 const int64 c = tile_column * TILE + column + j;
                 if (r < n && c < n) {
-                    out[r * n + c] = sum[i][j];
-                    out[c * n + r] = sum[i][j];
+                    out[r * n + c] = total[i][j][threadIdx.x];
+                    out[c * n + r] = total[i][j][threadIdx.x];
                 }
             }
         }

@@ -2,14 +2,15 @@
 // that runs it on the CPU.
 //
 // Under nvcc and NVRTC this header adds three integer names and one macro. Anywhere else it is an emulator of
-// one GPU block at a time: every CUDA thread is a fiber with a stack of its own, which runs until it waits at
-// a barrier or a warp-level operation. A kernel that is right here for several thread orders has no missing
-// barrier that shows in its result; a barrier that only part of the block reaches ends the launch with an
-// error that names both places. ASan and UBSan see every access, dynamic shared memory included.
+// a GPU that runs one block at a time: every CUDA thread is a fiber with a stack of its own, which runs until
+// it waits at a barrier or a warp-level operation. Which fiber runs next is up to the chosen order, so that a
+// kernel that lacks a barrier gives another result in one order than in another; and a barrier at which only
+// part of the block arrives ends the launch with an error that names the place. ASan and UBSan see every
+// access to memory.
 //
-// What the emulator does not do: caches, memory ordering (fibers switch only where they wait), tensor cores,
-// inline PTX, asynchronous copies. Static shared memory keeps what the block before left in it; dynamic
-// shared memory is filled with 0xFF, NaN as a float, before every block.
+// What the emulator does not do: caches and memory ordering (fibers switch only where they wait), tensor
+// cores, inline PTX, asynchronous copies. Static shared memory keeps what the block before left in it;
+// dynamic shared memory is filled with 0xFF, NaN as a float, before every block.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -182,8 +183,11 @@ struct Fiber {
 
 struct Machine {
     // Set by tests.
-    int order = 0;  // 0 ascending, 1 descending, more: shuffled, the number is the seed
-    std::int64_t max_blocks = 0x7FFFFFFF;  // of a grid: fewer make kernels stride over their work
+    // 0: one warp after the other, each as far as it comes, upwards; 1: downwards; more: all threads in turn,
+    // in an order that this seeds.
+    int order = 0;
+    // Of a grid: with fewer, kernels stride over their work.
+    std::int64_t max_blocks = 0x7FFFFFFF;
 
     dim3 grid, block;
     uint3 block_index{};
@@ -274,15 +278,46 @@ inline bool release_block() {
     throw std::runtime_error("deadlock");
 }
 
+// Runs a fiber until it waits or ends; false if it cannot run.
+inline bool step(Fiber& fiber) {
+    if (fiber.state != State::ready) return false;
+    machine.running = &fiber;
+    switch_context(machine.scheduler, fiber.context);
+    return true;
+}
+
+// Runs every thread once, in a new random order, and wakes the warps that have come together.
+inline bool run_fairly(std::vector<unsigned>& order, std::mt19937& random) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
+    for (const unsigned rank : order) progress |= step(machine.fibers[rank]);
+    for (unsigned first = 0; first < order.size(); first += 32) progress |= release_warp(first);
+    return progress;
+}
+
+// Runs one warp after the other, each as far as it comes without the others.
+inline bool run_greedily(bool descending) {
+    const unsigned threads = static_cast<unsigned>(machine.fibers.size());
+    const unsigned warps = (threads + 31) / 32;
+    bool progress = false;
+    for (unsigned i = 0; i < warps; ++i) {
+        const unsigned first = 32 * (descending ? warps - 1 - i : i);
+        const unsigned lanes = std::min(threads - first, 32u);
+        for (bool further = true; further; progress |= further) {
+            further = false;
+            for (unsigned lane = 0; lane < lanes; ++lane)
+                further |= step(machine.fibers[first + (descending ? lanes - 1 - lane : lane)]);
+            further |= release_warp(first);
+        }
+    }
+    return progress;
+}
+
 inline void run_block() {
     const dim3 size = machine.block;
     const unsigned threads = size.x * size.y * size.z;
     machine.stacks.reserve(threads);
     machine.fibers.resize(threads);
-    std::vector<unsigned> order(threads);
-    std::iota(order.begin(), order.end(), 0u);
-    if (machine.order == 1) std::reverse(order.begin(), order.end());
-    std::mt19937 random(static_cast<unsigned>(machine.order) * 7919u + machine.block_index.x);
     for (unsigned rank = 0; rank < threads; ++rank) {
         Fiber& fiber = machine.fibers[rank];
         fiber.index = {rank % size.x, rank / size.x % size.y, rank / (size.x * size.y)};
@@ -290,23 +325,14 @@ inline void run_block() {
         fiber.state = State::ready;
         prepare_context(fiber.context, machine.stacks.of(rank), Stacks::bytes, fiber_entry);
     }
-    for (unsigned finished = 0; finished < threads;) {
-        if (machine.order > 1) std::shuffle(order.begin(), order.end(), random);
-        bool progress = false;
-        bool warps_wait = false;
-        for (const unsigned rank : order) {
-            Fiber& fiber = machine.fibers[rank];
-            if (fiber.state != State::ready) continue;
-            progress = true;
-            machine.running = &fiber;
-            switch_context(machine.scheduler, fiber.context);
-            finished += fiber.state == State::finished;
-            warps_wait |= fiber.state == State::at_warp_barrier;
-        }
-        if (warps_wait)
-            for (unsigned first = 0; first < threads; first += 32) progress |= release_warp(first);
-        if (finished < threads && release_block()) progress = true;
-        if (!progress) report_deadlock();
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    std::mt19937 random(static_cast<unsigned>(machine.order) * 7919u + machine.block_index.x);
+    const auto is_finished = [](const Fiber& fiber) { return fiber.state == State::finished; };
+    while (!std::all_of(machine.fibers.begin(), machine.fibers.end(), is_finished)) {
+        const bool progress =
+            machine.order < 2 ? run_greedily(machine.order == 1) : run_fairly(order, random);
+        if (!release_block() && !progress) report_deadlock();
     }
 }
 
