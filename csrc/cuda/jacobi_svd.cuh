@@ -8,8 +8,8 @@
 // 17 sweeps, without it 10.
 //
 // Bound by the bandwidth of shared memory: a warp reads a pair twice and writes it once, and sixteen of them
-// cover the sums' latency. One block of 512 threads of at most 128 registers on an SM for 128 × 128 matrices,
-// eight of 256 for 16 × 16 ones.
+// cover the latency of the sums. Occupancy as designed: one block of 512 threads of at most 128 registers for
+// 128 × 128 matrices, which fill the shared memory of an SM.
 //
 // Source: Hestenes, J. SIAM 6 (1958); Brent, Luk, SIAM J. Sci. Stat. Comput. 6 (1985).
 #pragma once
@@ -124,7 +124,9 @@ __global__ void __launch_bounds__(jacobi::MAX_WARPS * 32, 1)
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const int warps = blockDim.x / 32;
-    const T tolerance = Range<T>::EPSILON * jacobi::root(static_cast<T>(m > 4 ? m : 4)) / 2;
+    // The cosine that two columns are left at: the rounding of a sum of m products, up to 1024 of them two
+    // units.
+    const T tolerance = Range<T>::EPSILON * jacobi::root(static_cast<T>(m > 1024 ? m : 1024)) / 16;
 
     for (int64 entry = blockIdx.x; entry < batch; entry += gridDim.x) {
         T* const outside = workspace + entry * workspace_entries(m, n, IN_SHARED);
