@@ -17,42 +17,57 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """The matrix W_t − W_0, multiplied tile by tile as the two weights are read.
+    """The matrix W_t − W_0, multiplied tile by tile as the two weights are read; or T of them on one W_0.
 
     Whatever reads it raises ValueError where the difference is NaN or infinite.
 
     Attributes:
-        finetuned: (m, n) W_t, any floating dtype.
+        finetuned: (m, n) W_t, any floating dtype; or a tuple of T such weights of one dtype, a batch that
+            shares every read of W_0.
         base: (m, n) W_0, any floating dtype, same device.
         is_transposed: whether the matrix meant is (W_t − W_0)ᵀ.
     """
 
-    finetuned: Tensor
+    finetuned: Tensor | tuple[Tensor, ...]
     base: Tensor
     is_transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.finetuned.ndim != 2 or self.finetuned.shape != self.base.shape:
-            raise ValueError(
-                "finetuned and base must have the same shape (m, n), got "
-                f"{tuple(self.finetuned.shape)} and {tuple(self.base.shape)}"
-            )
+        if self.base.ndim != 2 or not self.weights:
+            raise ValueError(f"base must have shape (m, n), got {tuple(self.base.shape)}, and T be 1 or more")
+        for weight in self.weights:
+            if weight.shape != self.base.shape:
+                raise ValueError(
+                    "finetuned and base must have the same shape (m, n), got "
+                    f"{tuple(weight.shape)} and {tuple(self.base.shape)}"
+                )
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The fine-tuned weights: one, or T of a batch."""
+        return (self.finetuned,) if isinstance(self.finetuned, Tensor) else self.finetuned
 
     @property
     def shape(self) -> torch.Size:
-        """(m, n), or (n, m) of the transpose."""
+        """([T,] m, n), or ([T,] n, m) of the transpose."""
         m, n = self.base.shape
-        return torch.Size((n, m)) if self.is_transposed else self.base.shape
+        batch = () if isinstance(self.finetuned, Tensor) else (len(self.weights),)
+        return torch.Size((*batch, n, m) if self.is_transposed else (*batch, m, n))
+
+    @property
+    def ndim(self) -> int:
+        """2, or 3 of a batch."""
+        return len(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the arithmetic: float64 if a weight is, else float32."""
-        double = torch.float64 in (self.finetuned.dtype, self.base.dtype)
+        double = torch.float64 in (self.weights[0].dtype, self.base.dtype)
         return torch.float64 if double else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Of both weights."""
+        """Of all weights."""
         return self.base.device
 
     @property
@@ -61,49 +76,66 @@ class Difference:
         return replace(self, is_transposed=not self.is_transposed)
 
     def dense(self) -> Tensor:
-        """Returns the difference as one tensor, float32 (float64 if a weight is)."""
-        found = ops.delta(self.finetuned, self.base)
-        _check_finite(found.nonfinite)
-        return found.value.mT if self.is_transposed else found.value
+        """Returns the differences as one tensor of `shape`, float32 (float64 if a weight is)."""
+        values = []
+        for weight in self.weights:
+            found = ops.delta(weight, self.base)
+            _check_finite(found.nonfinite)
+            values.append(found.value)
+        value = self._unbatched(torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0))
+        return value.mT if self.is_transposed else value
 
     def sketch(self, width: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Computes D Ω (m, width) with the random signs Ω of `ops.delta_sketch`, and ‖D‖²_F (float64)."""
+        """Computes D Ω with the random signs Ω of `ops.delta_sketch`, and ‖D‖²_F from the same pass.
+
+        Returns:
+            ([T,] m, width), and ([T]) float64.
+        """
         found = ops.delta_sketch(
-            self.base, [self.finetuned], width=width, seed=seed, transposed=self.is_transposed
+            self.base, self.weights, width=width, seed=seed, transposed=self.is_transposed
         )
         _check_finite(found.nonfinite)
-        return found.value[0], found.sum_of_squares[0]
+        return self._unbatched(found.value), self._unbatched(found.sum_of_squares)
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """Computes D x for x (n, s)."""
-        found = ops.delta_sketch(self.base, [self.finetuned], x, transposed=self.is_transposed)
-        return found.value[0]
+        """Computes D x ([T,] m, s) for x ([T,] n, s)."""
+        found = ops.delta_sketch(self.base, self.weights, x, transposed=self.is_transposed)
+        return self._unbatched(found.value)
 
     def add_to_(self, total: Tensor, weight: float) -> None:
-        """Adds weight · D to total (m, n), in place."""
+        """Adds weight · D to total (m, n), in place; of a batch, weight · Σ_t D_t."""
         total = total.mT if self.is_transposed else total
-        start = 0
-        for piece in self._pieces():
-            _check_finite(piece.nonfinite)
-            rows = piece.value.shape[0]
-            total[start : start + rows].add_(piece.value, alpha=weight)
-            start += rows
+        for finetuned in self.weights:
+            start = 0
+            for piece in self._pieces(finetuned):
+                _check_finite(piece.nonfinite)
+                rows = piece.value.shape[0]
+                total[start : start + rows].add_(piece.value, alpha=weight)
+                start += rows
 
     def gram(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Computes DᵀD (n, n) with products and sums in dtype, and ‖D‖²_F (float64) from the same pass."""
-        n = self.shape[1]
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        gram = torch.zeros(n, n, dtype=dtype, device=self.device)
-        for piece in self._pieces(self.is_transposed):
-            _check_finite(piece.nonfinite)
-            add_gram_(gram, piece.value.to(dtype))
-            total += piece.sum_of_squares
-        mirror_(gram)
-        return gram, total
+        """Computes DᵀD with products and sums in dtype, and ‖D‖²_F from the same pass.
 
-    def _pieces(self, by_columns: bool = False) -> Iterator[ops.Delta]:
+        Returns:
+            ([T,] n, n), and ([T]) float64.
+        """
+        n, count = self.shape[-1], len(self.weights)
+        total = torch.zeros(count, dtype=torch.float64, device=self.device)
+        gram = torch.zeros(count, n, n, dtype=dtype, device=self.device)
+        for t, finetuned in enumerate(self.weights):
+            for piece in self._pieces(finetuned, self.is_transposed):
+                _check_finite(piece.nonfinite)
+                add_gram_(gram[t], piece.value.to(dtype))
+                total[t] += piece.sum_of_squares
+        mirror_(gram)
+        return self._unbatched(gram), self._unbatched(total)
+
+    def _unbatched(self, x: Tensor) -> Tensor:
+        return x[0] if isinstance(self.finetuned, Tensor) else x
+
+    def _pieces(self, finetuned: Tensor, by_columns: bool = False) -> Iterator[ops.Delta]:
         """Yields W_t − W_0 in blocks of whole rows, or its transpose in blocks of its whole rows."""
-        finetuned, base = self.finetuned, self.base
+        base = self.base
         if by_columns:
             finetuned, base = finetuned.mT, base.mT
         m, n = base.shape

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dirmerge import Difference, linalg, merge_deltas
+from dirmerge.methods import Tasks, factor_tasks
 
 
 def weights(m, n, generator, dtype=torch.bfloat16):
@@ -80,6 +81,51 @@ def test_methods_take_differences(method, generator):
     torch.testing.assert_close(lazy.dense(), dense.dense(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_batch_is_its_tasks_one_by_one(transposed, generator):
+    base, first = weights(260, 210, generator)
+    second = (base.float() + 0.01 * torch.randn(260, 210, generator=generator)).bfloat16()
+    batch = Difference((first, second), base, transposed)
+    singles = [Difference(w, base, transposed) for w in (first, second)]
+    assert batch.shape == (2, *singles[0].shape)
+    torch.testing.assert_close(batch.dense(), torch.stack([s.dense() for s in singles]))
+    for method in ("exact", "randomized"):
+        found = linalg.svd_truncated(batch, 5, method, seed=2, power_iterations=2)
+        for own, single in zip(found.unbind(), singles, strict=True):
+            expected = linalg.svd_truncated(single, 5, method, seed=2, power_iterations=2)
+            torch.testing.assert_close(own.s, expected.s, rtol=1e-5, atol=0)
+            torch.testing.assert_close(own.total, expected.total)
+            torch.testing.assert_close(own.dense(), expected.dense(), rtol=0, atol=1e-4)
+    total = torch.zeros(batch.shape[1:])
+    batch.add_to_(total, 0.5)
+    torch.testing.assert_close(total, 0.5 * batch.dense().sum(0))
+    with pytest.raises(ValueError, match="a batch of 2"):
+        merge_deltas([batch], "tsv_m")
+
+
+def test_tasks_on_an_accelerator_are_decomposed_as_one_batch(generator, monkeypatch):
+    base, first = weights(40, 30, generator)
+    second = (base.float() + 0.02 * torch.randn(40, 30, generator=generator)).bfloat16()
+    deltas = [Difference(first, base), Difference(second, base)]
+    options = {"loaders": [lambda d=d: d for d in deltas], "ranks": [None, None]}
+    calls = []
+
+    def counted(a, *args, **kwargs):
+        calls.append(tuple(a.shape))
+        return linalg.svd_truncated(a, *args, **kwargs)
+
+    monkeypatch.setattr("dirmerge.methods.common.svd_truncated", counted)
+    one_by_one = factor_tasks(Tasks((40, 30), **options), [6, 4], "exact", 1e-2, 0)
+    # No accelerator is needed to take its road: the weights stay where they are.
+    tasks = Tasks((40, 30), **options, device=torch.device("cuda"))
+    batched = factor_tasks(tasks, [6, 4], "exact", 1e-2, 0)
+    assert calls == [(40, 30), (40, 30), (2, 40, 30)]
+    assert batched.ranks == [6, 4]
+    for own, expected in zip(batched.s, one_by_one.s, strict=True):
+        torch.testing.assert_close(own, expected)
+    assert batched.energy == pytest.approx(one_by_one.energy)
+
+
 def test_what_is_not_finite_or_does_not_fit_is_an_error(generator):
     base, tuned = weights(300, 200, generator, torch.float32)
     far = Difference(torch.full_like(base, 3e38), torch.full_like(base, -3e38))
@@ -118,7 +164,7 @@ def peak_above_the_present(run) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak by /proc")
 def test_no_float32_matrix_is_formed_between_the_weights_and_the_factors(generator):
-    m, n, rank = 4096, 3072, 16
+    m, n, rank = 6144, 4096, 16
     base, tuned = weights(m, n, generator)
     deltas = [Difference(tuned, base), Difference(base, tuned)]
     dense = 4 * m * n

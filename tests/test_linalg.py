@@ -296,7 +296,7 @@ def test_gram_form_of_the_svd_where_float32_loses_the_small_ones(last, scale, ge
     truth = matrix(n, n, s, generator)
     found = linalg.svd_truncated((truth * scale).float(), rank, "exact")
     torch.testing.assert_close(found.s.double() / scale, s[:rank], rtol=1e-5, atol=6e-7)
-    assert (found.dense().double() / scale - truth).norm() < 1e-6 * truth.norm()
+    assert (found.dense().double() / scale - truth).norm() < 2e-6 * truth.norm()
     kept = int(linalg.numerical_rank(found.s, n))
     assert kept == (30 if last else 20)
 

@@ -76,6 +76,14 @@ class TruncatedSVD:
             self.power_iterations, self.gain,
         )  # fmt: skip
 
+    def unbind(self) -> list[TruncatedSVD]:
+        """Returns the decompositions of the first batch dimension, one by one."""
+        parts = zip(self.u, self.s, self.v, self.total, self.gain, strict=True)
+        return [
+            TruncatedSVD(u, s, v, total, self.method, self.power_iterations, gain)
+            for u, s, v, total, gain in parts
+        ]
+
     def dense(self) -> Tensor:
         """Returns (..., m, n): u diag(s) vᵀ."""
         return (self.u * self.s.unsqueeze(-2)) @ self.v.mT

@@ -150,6 +150,7 @@ def merge_deltas(
         tuple(checked[0].shape),
         [lambda delta=delta: delta for delta in checked],  # type: ignore[misc]
         [delta.rank if isinstance(delta, LowRank) else None for delta in checked],
+        device=_parts(checked[0])[0].device,
     )
     merged = merge_tasks(tasks, method, [1.0] * len(deltas) if weights is None else weights, options, seed)
     if alignment is not None:
@@ -166,6 +167,8 @@ def _checked(deltas: Sequence[TaskDelta]) -> list[TaskDelta]:
             )
         if isinstance(delta, Tensor) and not delta.is_floating_point():
             raise ValueError(f"deltas[{t}] must be floating point, got {delta.dtype}")
+        if isinstance(delta, Difference) and delta.ndim == 3:
+            raise ValueError(f"deltas[{t}] must be one Difference, got a batch of {len(delta.weights)}")
         if tuple(delta.shape) != tuple(deltas[0].shape):
             raise ValueError(
                 f"all deltas must have one shape: deltas[0] has {tuple(deltas[0].shape)}, "
@@ -182,7 +185,7 @@ def _parts(delta: TaskDelta) -> list[Tensor]:
     if isinstance(delta, Tensor):
         return [delta]
     if isinstance(delta, Difference):
-        return [delta.finetuned, delta.base]
+        return [*delta.weights, delta.base]
     return [delta.left, delta.right, *([] if delta.core is None else [delta.core])]
 
 
@@ -191,5 +194,5 @@ def _in_dtype(delta: TaskDelta, dtype: torch.dtype) -> TaskDelta:
         return delta.to(dtype).detach()
     if isinstance(delta, Difference):
         # The arithmetic is float32 for all but float64 weights: these need no copy.
-        return delta if delta.dtype == dtype else replace(delta, finetuned=delta.finetuned.to(dtype))
+        return delta if delta.dtype == dtype else replace(delta, base=delta.base.to(dtype))
     return delta.to(dtype)

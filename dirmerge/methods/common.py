@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.difference import Difference
-from dirmerge.linalg import SVDMethod, gram_root, numerical_rank, polar, svd_truncated
+from dirmerge.linalg import SVDMethod, TruncatedSVD, gram_root, numerical_rank, polar, svd_truncated
 from dirmerge.lowrank import LowRank
 
 Delta = Tensor | LowRank
@@ -38,6 +38,7 @@ class Tasks:
             two weights, or a LowRank.
         ranks: per task the rank of its LowRank delta, None for the others.
         names: per task, for messages.
+        device: where the deltas are.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Tasks:
         loaders: Sequence[Callable[[], TaskDelta]],
         ranks: Sequence[int | None],
         names: Sequence[str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if len(loaders) != len(ranks):
             raise ValueError(f"ranks must have one entry per task, got {len(ranks)} for {len(loaders)} tasks")
         self.shape = tuple(shape)
         self.ranks = tuple(ranks)
         self.names = tuple(names) if names is not None else tuple(f"delta {t}" for t in range(len(loaders)))
+        self.device = torch.device("cpu") if device is None else device
         self._loaders = tuple(loaders)
 
     def __len__(self) -> int:
@@ -86,6 +89,7 @@ class Tasks:
             [self._loaders[t] for t in indices],
             [self.ranks[t] for t in indices],
             [self.names[t] for t in indices],
+            self.device,
         )
 
 
@@ -235,12 +239,9 @@ def factor_tasks(
     factors = Factors(torch.empty(0), [], torch.empty(0), list(ranks), [], [])
     methods: set[str] = set()
     iterations = size = 0
-    for t, rank in enumerate(ranks):
-        delta = tasks[t]
-        if isinstance(delta, LowRank):
-            triplets = delta.svd()
-        else:
-            triplets = svd_truncated(delta, rank, svd, seed=seed, tolerance=svd_tolerance)
+    for t, triplets in enumerate(_decompositions(tasks, ranks, svd, svd_tolerance, seed)):
+        rank = ranks[t]
+        if tasks.ranks[t] is None:
             methods.add(triplets.method)
             iterations = max(iterations, triplets.power_iterations)
             if triplets.method == "randomized" and float(triplets.gain) > svd_tolerance:
@@ -248,7 +249,6 @@ def factor_tasks(
                     f"{tasks.names[t]}: power iteration {triplets.power_iterations}, the last, still gained "
                     f"{float(triplets.gain):.1e} of energy (svd_tolerance {svd_tolerance:.1e})"
                 )
-        del delta
         keep = min(rank, int(numerical_rank(triplets.s, max(tasks.shape))))
         kept = triplets.truncated(keep)
         factors.energy.append(float(kept.energy))
@@ -265,6 +265,40 @@ def factor_tasks(
     if "randomized" in methods:
         factors.notes.append(f"randomized SVD, at most {iterations} power iterations")
     return factors
+
+
+def _decompositions(
+    tasks: Tasks, ranks: Sequence[int], svd: SVDMethod, svd_tolerance: float, seed: int
+) -> Iterator[TruncatedSVD]:
+    """Yields every task's leading triplets.
+
+    Weights on an accelerator are there already, and a batch reads W_0 once and fills the device; on a CPU
+    one task at a time is loaded, which bounds memory.
+    """
+    if tasks.device.type != "cpu" and all(rank is None for rank in tasks.ranks):
+        deltas = [delta for delta in tasks if isinstance(delta, Difference)]
+        if len(deltas) == len(tasks) and _is_batch(deltas):
+            batch = Difference(tuple(d.weights[0] for d in deltas), deltas[0].base, deltas[0].is_transposed)
+            found = svd_truncated(batch, max(ranks), svd, seed=seed, tolerance=svd_tolerance)
+            yield from found.unbind()
+            return
+    for t, rank in enumerate(ranks):
+        delta = tasks[t]
+        if isinstance(delta, LowRank):
+            yield delta.svd()
+        else:
+            yield svd_truncated(delta, rank, svd, seed=seed, tolerance=svd_tolerance)
+        del delta
+
+
+def _is_batch(deltas: Sequence[Difference]) -> bool:
+    first = deltas[0]
+    return all(
+        d.base is first.base
+        and d.is_transposed == first.is_transposed
+        and d.weights[0].dtype == first.weights[0].dtype
+        for d in deltas
+    )
 
 
 @dataclass(frozen=True, eq=False)
