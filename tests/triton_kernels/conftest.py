@@ -1,19 +1,53 @@
-"""The Triton kernels on CPU tensors in Triton's interpreter, in a process of its own:
+"""The Triton kernels, on CPU tensors in Triton's interpreter or compiled on a GPU; a process of its own:
 
 TRITON_INTERPRET=1 python -m pytest tests/triton_kernels
+python -m pytest tests/triton_kernels --gpu
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-# Triton reads the variable when it is imported, and torch may have imported it before this file runs.
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("run these tests alone: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", action="store_true", help="run the Triton kernels on a GPU; leave where none is"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads the variable when it is imported, and torch may have imported it before this file runs.
+    if config.getoption("--gpu"):
+        if INTERPRETED:
+            raise pytest.UsageError("--gpu runs compiled kernels: leave TRITON_INTERPRET unset")
+        if not torch.cuda.is_available():
+            pytest.exit("No GPU that torch can use: the Triton kernels were not run on one.", returncode=0)
+    elif not INTERPRETED:
+        raise pytest.UsageError(
+            "run these tests alone: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels, or with --gpu"
+        )
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> str:
+    return "cuda" if pytestconfig.getoption("--gpu") else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(device: str) -> Iterator[None]:
+    """Makes every tensor of a test on the device that the kernels run on."""
+    if device == "cpu":
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

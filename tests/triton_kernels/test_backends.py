@@ -31,7 +31,9 @@ def test_every_launcher_is_found_when_it_is_asked_for() -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_auto_never_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_never_interprets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device != "cpu":
+        pytest.skip("the interpreter is for CPU tensors")
     chosen = backends.select("gram", torch.device("cpu"), torch.float32)
     assert chosen is backends.implementations("gram", "cpu")["torch"].function
     with backends.backend("triton"):

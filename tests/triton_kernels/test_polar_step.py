@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dirmerge.triton_kernels.elect_merge import elect_merge
 from dirmerge.triton_kernels.polar_step import polar_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dirmerge.ops.polar_step import polar_step as polar_step_op
 
@@ -49,3 +51,28 @@ def test_views_and_empty_batches(as_good_as_torch: Callable[..., None]) -> None:
     as_good_as_torch(polar_step(x, *QUINTIC), polar_step_op(x, *QUINTIC), truth)
     for shape in ((0, 4, 3), (2, 5, 0)):
         assert polar_step(torch.empty(shape), *QUINTIC).shape == shape
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the names of the torch functions that run, Triton's interpreter's own among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.called.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_that_a_cuda_graph_cannot_capture() -> None:
+    # Reading a value, or a tensor made from a list on the host, whose copy a replay would find overwritten.
+    host = {"_local_scalar_dense", "lift_fresh", "_pin_memory", "nonzero", "is_nonzero", "scalar_tensor"}
+    for x in (torch.randn(2, 40, 24), torch.randn(24, 40).bfloat16(), torch.randn(40, 24).half()):
+        with Recorder() as recorder:
+            polar_step(polar_step(x / 20, *QUINTIC), *QUINTIC)
+        assert "new_empty" in recorder.called
+        assert not recorder.called & host
+    with Recorder() as recorder:
+        elect_merge(torch.randn(2, 5, 5), None, [1.0, 2.0])
+    assert recorder.called & host
