@@ -1,6 +1,8 @@
 """Feature-space alignment on the real tasks: closed-form maps, learned form, AdaMerging, and the controls.
 
     python -m benchmarks.tasks.alignment [--kind full|lora] [--seed 0] [--methods tsv_m dc_merge]
+    python -m benchmarks.tasks.alignment --learn mda --methods task_arithmetic
+    python -m benchmarks.tasks.alignment --learn adamerging --per parameter
 
 Uses the fine-tunes, the scales and the cache of `python -m benchmarks.tasks`, which must have run. The maps
 see unlabelled training texts alone; the test texts are read for the accuracies that are printed.
@@ -10,20 +12,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.tasks.sweep import FineTunes, Merge, load_finetunes, merge
-from dirmerge.alignment import AlignmentTask, Head, Model, Pooled, closed_form, read_features
+from dirmerge.alignment import (
+    AlignmentTask,
+    Head,
+    Learned,
+    LearnOptions,
+    LearnProgress,
+    Model,
+    Pooled,
+    adamerging,
+    closed_form,
+    learn,
+    read_features,
+)
 from dirmerge.demo.data import TASKS, prepare
 from dirmerge.demo.evaluate import Probe, make_probe
 from dirmerge.demo.model import LOGIT_SCALE, Tokenizer, collate, load_encoder
 from dirmerge.demo.sources import Archives
+from dirmerge.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,50 @@ def run_closed_form(setting: Setting, method: str) -> None:
         row(setting, f"{method} + {kind}", model, [f.matrix for f in found], note)
 
 
+def run_learned(setting: Setting, method: str, kind: str | None, options: LearnOptions, state: Path) -> None:
+    """The learned form from a merge, with the closed form of a kind as its start (None for R = I)."""
+    update = merge(setting.finetunes, method, {})
+    scale = setting.scales[method]
+    base = setting.base.updated(update.fixed)
+    maps = None
+    if kind is not None:
+        own = (own_model(setting.base, setting.finetunes, t) for t in range(len(setting.tasks)))
+        model = merged_model(setting.base, update, scale)
+        maps = [found.matrix for found in closed_form(model, setting.tasks, own, kind=kind)]
+        row(setting, f"{method} + {kind}", model, maps)
+    found = learn(
+        base, update.scaled, setting.tasks, options, scale=scale, maps=maps, state=state, progress=show
+    )
+    matrices = None if any(m is None for m in found.matrices) else found.matrices
+    row(setting, f"{method} + {kind or 'identity'} + learned", found.model, matrices, note(found))
+
+
+def run_adamerging(setting: Setting, per: str, options: LearnOptions, state: Path) -> None:
+    """AdaMerging on all deltas, from 0.3."""
+    deltas = {
+        name: [d.dense() if isinstance(d, LowRank) else d for d in parts]
+        if len(parts[0].shape) < 2
+        else parts
+        for name, parts in setting.finetunes.deltas.items()
+    }
+    chosen = options.model_copy(update={"per": per})
+    found = adamerging(setting.base, deltas, setting.tasks, chosen, state=state, progress=show)
+    row(setting, f"AdaMerging, λ per {per}", found.model, None, note(found))
+
+
+def show(progress: LearnProgress) -> None:
+    if progress.step % 10 == 0:
+        print(f"  step {progress.step}: loss {progress.loss:.4f}, {progress.seconds:.0f} s", flush=True)
+
+
+def note(found: Learned) -> str:
+    """What the guard saw, in one phrase."""
+    seen = [
+        f"{r.step}: {r.loss:.3f} agree {min(r.agreement):.2f} shift {max(r.shift):.2f}" for r in found.history
+    ]
+    return f"best step {found.best_step}, {found.stopped or 'not stopped'}; {'; '.join(seen)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks.alignment", description=__doc__.splitlines()[0]
@@ -158,8 +219,33 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=512, help="unlabelled texts per task")
     parser.add_argument("--texts", type=int, default=600, help="test texts per task")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--learn", choices=["none", "mda", "adamerging"], default="none", help="instead of the closed form"
+    )
+    parser.add_argument("--start", choices=["identity", "rotation", "ridge"], default="rotation")
+    parser.add_argument("--per", choices=["parameter", "block", "model"], default="parameter")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr-scale", type=float, default=1e-2)
+    parser.add_argument("--lr-rotation", type=float, default=1e-5)
     arguments = parser.parse_args()
     setting = load(arguments.kind, arguments.seed, arguments.inputs, arguments.texts, arguments.batch)
+    if arguments.learn != "none":
+        options = LearnOptions(
+            steps=arguments.steps,
+            per=arguments.per,
+            lr_scale=arguments.lr_scale,
+            lr_rotation=arguments.lr_rotation,
+            seed=arguments.seed,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "state.safetensors"
+            if arguments.learn == "adamerging":
+                run_adamerging(setting, arguments.per, options, state)
+                return
+            for method in arguments.methods:
+                start = None if arguments.start == "identity" else arguments.start
+                run_learned(setting, method, start, options, state.with_stem(method))
+        return
     row(setting, "base", setting.base)
     for kind in ("rotation", "ridge"):
         own = (own_model(setting.base, setting.finetunes, t) for t in range(len(setting.tasks)))
