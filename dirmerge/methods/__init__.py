@@ -31,6 +31,7 @@ from dirmerge.methods.registry import METHODS, Method, get_method, register
 from dirmerge.methods.task_arithmetic import task_arithmetic
 from dirmerge.methods.ties import ties
 from dirmerge.methods.tsv_m import tsv_m
+from dirmerge.methods.whitened import whitened
 from dirmerge.methods.wudi import wudi
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "tsv_m",
+    "whitened",
     "wudi",
 ]
 

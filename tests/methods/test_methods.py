@@ -14,8 +14,8 @@ from dirmerge import LowRank
 from dirmerge.methods import METHODS, Scale, Tasks, get_method, merge_tasks, register
 from dirmerge.methods.dc_merge import balanced
 
-ALL = ["dc_merge", "mda", "tsv_m", "iso_c", "iso_cts", "wudi", "ties", "task_arithmetic", "average"]
-SPECTRAL = ["dc_merge", "mda", "tsv_m", "iso_c", "iso_cts"]
+SPECTRAL = ["dc_merge", "mda", "tsv_m", "iso_c", "iso_cts", "whitened"]
+ALL = [*SPECTRAL, "wudi", "ties", "task_arithmetic", "average"]
 FACTORED = [*SPECTRAL, "task_arithmetic", "average"]
 
 
@@ -67,6 +67,42 @@ def test_ties_by_hand():
     assert torch.allclose(weighted, torch.tensor([[-3.0, 0.0, 4.0, 3.0]]))
     everything = dirmerge.merge_deltas([a, b], "ties", density=1.0).dense()
     assert torch.allclose(everything, torch.tensor([[4.0, -1.5, 2.25, 1.55]]))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ridge"), [(0.0, 0.0, 0.0), (2.0, 1.5, 0.03), (1.0, 1.0, 0.0), (2.0, 2.0, 0.0)]
+)
+def test_whitened_by_its_formula(a, b, ridge, generator):
+    deltas, r = dense(generator), 20 // 3
+    parts = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
+
+    def side(bases, exponent):
+        p, s, qh = torch.linalg.svd(bases, full_matrices=False)
+        return (p * (s * (s * s + ridge) ** (-exponent / 2))) @ qh
+
+    u = side(torch.cat([u[:, :r] for u, _, _ in parts], 1), a)
+    v = side(torch.cat([vh[:r].mT for _, _, vh in parts], 1), b)
+    weights = [1.0, 0.5, 2.0]
+    s = torch.cat([w * s[:r] for w, (_, s, _) in zip(weights, parts, strict=True)])
+    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge}
+    merged = dirmerge.merge_deltas(deltas, "whitened", weights=weights, **options)
+    assert torch.allclose(merged.dense(), (u * s) @ v.mT, atol=1e-9)
+    if (a, b, ridge) == (1, 1, 0):
+        assert torch.equal(merged.dense(), dirmerge.merge_deltas(deltas, "tsv_m", weights=weights).dense())
+    if (a, b, ridge) == (2, 2, 0):  # the dual basis reproduces every task's own core
+        for w, (left, own, right) in zip(weights, parts, strict=True):
+            core = left[:, :r].mT @ merged.dense() @ right[:r].mT
+            assert torch.allclose(core, torch.diag(w * own[:r]), atol=1e-8)
+
+
+def test_whitened_of_a_task_with_itself_stays_in_its_span(generator):
+    delta = dense(generator, count=1)[0]
+    merged = dirmerge.merge_deltas([delta, delta], "whitened", rank=4, ridge=0.0, left_exponent=1.5)
+    u, _, vh = torch.linalg.svd(delta)
+    value = merged.dense()
+    assert torch.allclose(u[:, :4] @ (u[:, :4].mT @ value), value, atol=1e-9)
+    assert torch.allclose((value @ vh[:4].mT) @ vh[:4], value, atol=1e-9)
+    assert float(value.norm()) < 10 * float(delta.norm())
 
 
 def test_tsv_m_by_its_formula(generator):
