@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dirmerge import nvrtc
+
 LIBRARY = Path(__file__).with_name("libdirmerge_cuda.so")
 """Where the installation puts the library, if it builds it."""
 
@@ -88,7 +90,15 @@ def _argument(value: object) -> Any:
 
 
 @functools.cache
-def _load() -> tuple[Library | None, str]:
+def _load() -> tuple[Library | nvrtc.Library | None, str]:
+    found, reason = _load_compiled()
+    if found is not None or not torch.cuda.is_available():
+        return found, reason
+    by_nvrtc, without = nvrtc.load(str(sources()))
+    return by_nvrtc, f"{reason}; {without}" if without else ""
+
+
+def _load_compiled() -> tuple[Library | None, str]:
     if not LIBRARY.exists():
         return None, (
             "the CUDA library is not built: install the CUDA toolkit or the wheel nvidia-cuda-nvcc, then "
@@ -109,11 +119,11 @@ def missing() -> str:
     return _load()[1]
 
 
-def library() -> Library:
-    """Returns the library of this installation.
+def library() -> Library | nvrtc.Library:
+    """Returns the library of this installation, or without one that runs here the kernels by NVRTC.
 
     Raises:
-        RuntimeError: it is not built.
+        RuntimeError: there is neither.
     """
     found, reason = _load()
     if found is None:

@@ -26,6 +26,12 @@ DIRMERGE_EXPORT void dirmerge_simt_configure(int order, std::int64_t max_blocks)
     simt::machine.max_blocks = max_blocks;
 }
 
+// Blocks of the grid and threads of a block of the last launch.
+DIRMERGE_EXPORT void dirmerge_simt_last_launch(unsigned* blocks, unsigned* threads) {
+    *blocks = simt::machine.grid.x;
+    *threads = simt::machine.block.x;
+}
+
 #else
 
 #define DIRMERGE_STRING_(x) #x

@@ -1,0 +1,294 @@
+"""dirmerge.nvrtc with a CuPy of our own, whose modules are the kernels emulated on the CPU.
+
+It takes the same calls as CuPy's: source, options and names of kernels in; grid, block, NumPy scalars and
+bytes of shared memory at a launch. What it runs is what dirmerge.nvrtc chose, so the results must be those of
+the compiled launchers to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emulation import CSRC, FLAGS, Emulated
+
+from dirmerge import cuda, nvrtc
+
+SHIM = """
+#include "cuda/launch.h"
+{includes}
+using namespace dirmerge::cuda;
+
+template <typename... P, std::size_t... I>
+int run(void (*kernel)(P...), unsigned blocks, unsigned threads, std::size_t shared, void** arguments,
+        const std::size_t* sizes, std::index_sequence<I...>) {{
+    const bool fits = ((sizes[I] == sizeof(P)) && ...) && sizes[sizeof...(P)] == 0;
+    if (!fits) return INVALID_VALUE;
+    return simt::launch(dim3(blocks), dim3(threads), shared,
+                        [=] {{ kernel(*static_cast<P*>(arguments[I])...); }});
+}}
+
+template <typename... P>
+int run(void (*kernel)(P...), unsigned blocks, unsigned threads, std::size_t shared, void** arguments,
+        const std::size_t* sizes) {{
+    return run(kernel, blocks, threads, shared, arguments, sizes, std::index_sequence_for<P...>());
+}}
+
+DIRMERGE_EXPORT int run_kernel(const char* name, unsigned blocks, unsigned threads, std::size_t shared,
+                               void** arguments, const std::size_t* sizes) {{
+    const std::string wanted = name;
+{cases}
+    return -1;
+}}
+"""
+
+
+def matrices(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "elect_merge": lambda: cuda.elect_merge(matrices(3, 40, 40, dtype=torch.bfloat16), matrices(3).abs()),
+    "elect_merge, blocks, odd": lambda: cuda.elect_merge(matrices(2, 33, 33), None, [0.5, 2.0], [3, 30]),
+    "etf_project": lambda: cuda.etf_project(matrices(2, 40, 33, dtype=torch.float16)),
+    "etf_project, long": lambda: cuda.etf_project(matrices(200, 70).double()),
+    "etf_project_add": lambda: cuda.etf_project_add(
+        matrices(70, 40, dtype=torch.bfloat16), matrices(70, 40), matrices(70), 8, scale=0.5
+    ),
+    "etf_project_add, float64": lambda: cuda.etf_project_add(
+        matrices(9, 40).double(),
+        matrices(40, 9).mT.double(),
+        matrices(9).double(),
+        3,
+        out_dtype=torch.float16,
+    ),
+    "gram": lambda: cuda.gram(matrices(2, 70, 130)),
+    "gram, bfloat16": lambda: cuda.gram(matrices(40, 66, dtype=torch.bfloat16).mT),
+    "jacobi_eigh": lambda: cuda.jacobi_eigh(matrices(3, 11, 11)),
+    "jacobi_svd": lambda: cuda.jacobi_svd(matrices(2, 9, 40)),
+    "jacobi_svd, float64": lambda: cuda.jacobi_svd(matrices(70, 3).double()),
+    "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(matrices(3, 4096), 1000),
+    "kth_largest_magnitude, odd": lambda: cuda.kth_largest_magnitude(matrices(2, 333).half(), 17),
+}
+
+
+class FakeCuPy:
+    """What dirmerge.nvrtc uses of CuPy, and what it asked for."""
+
+    __version__ = "14.2.0"
+
+    def __init__(self, run: Callable[..., int] | None = None) -> None:
+        self.run = run
+        self.launches: list[tuple[str, int, int, int]] = []
+        self.compiled: list[tuple[str, tuple[str, ...]]] = []
+        self.streams: list[tuple[int, int]] = []
+        self.cuda = types.SimpleNamespace(
+            Device=lambda index: nullcontext(),
+            Stream=types.SimpleNamespace(from_external=self._stream),
+            compiler=types.SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
+            nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+        )
+
+    def _stream(self, stream: Any) -> nullcontext[None]:
+        self.streams.append(stream.__cuda_stream__())
+        return nullcontext()
+
+    def RawModule(self, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> Any:  # noqa: N802
+        (name,) = name_expressions
+        self.compiled.append((name, options))
+        assert re.fullmatch(r'#include "\w+\.cuh"', code)
+        return types.SimpleNamespace(get_function=lambda wanted: FakeKernel(self, name, wanted))
+
+
+class FakeKernel:
+    def __init__(self, cupy: FakeCuPy, name: str, wanted: str) -> None:
+        assert wanted == name
+        self.cupy = cupy
+        self.name = name
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    def __call__(
+        self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...], *, shared_mem: int
+    ) -> None:
+        (blocks,), (threads,) = grid, block
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        self.cupy.launches.append((self.name, blocks, threads, shared_mem))
+        if self.cupy.run is None:
+            return
+        held = [np.array([value]) for value in args]
+        assert all(value.dtype == type(arg) for value, arg in zip(held, args, strict=True))
+        addresses = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
+        sizes = (ctypes.c_size_t * (len(held) + 1))(*(value.itemsize for value in held), 0)
+        code = self.cupy.run(
+            self.name.encode(), blocks, threads, ctypes.c_size_t(shared_mem), addresses, sizes
+        )
+        if code:
+            raise RuntimeError(f"error {code} of {self.name}")
+
+
+def library(cupy: FakeCuPy) -> nvrtc.Library:
+    return nvrtc.Library(cupy, str(cuda.sources()))
+
+
+@pytest.fixture(scope="module")
+def emulated_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+    """Every kernel that the problems launch, callable by name."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the CUDA kernels are emulated by a C++20 compiler, and there is no g++")
+    recorder = FakeCuPy()
+    with pytest.MonkeyPatch.context() as patch:
+        recording = library(recorder)
+        patch.setattr(cuda, "library", lambda: recording)
+        for problem in PROBLEMS.values():
+            problem()
+    names = sorted({name for name, _ in recorder.compiled})
+    folder = tmp_path_factory.mktemp("shim")
+    headers = sorted((CSRC / "cuda").glob("*.cuh"))
+    arguments = "blocks, threads, shared, arguments, sizes"
+    source = SHIM.format(
+        includes="\n".join(f'#include "cuda/{header.name}"' for header in headers),
+        cases="\n".join(f'    if (wanted == "{name}") return run({name}, {arguments});' for name in names),
+    )
+    (folder / "shim.cpp").write_text(source)
+    flags = [flag for flag in FLAGS if flag != "-Wextra"]
+    command = [
+        compiler,
+        *flags,
+        f"-I{CSRC}",
+        "-shared",
+        str(folder / "shim.cpp"),
+        "-o",
+        str(folder / "shim.so"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run: Callable[..., int] = ctypes.CDLL(str(folder / "shim.so")).run_kernel
+    return run
+
+
+def last_launch(emulated: Emulated) -> tuple[int, int]:
+    blocks, threads = ctypes.c_uint(), ctypes.c_uint()
+    found = ctypes.CDLL(str(emulated.library.path)).dirmerge_simt_last_launch
+    found(ctypes.byref(blocks), ctypes.byref(threads))
+    return blocks.value, threads.value
+
+
+def flat(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_launches_what_the_compiled_launcher_does(
+    problem: str, emulated: Emulated, emulated_run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = flat(PROBLEMS[problem]())
+    geometry = last_launch(emulated)
+    cupy = FakeCuPy(emulated_run)
+    by_nvrtc = library(cupy)
+    monkeypatch.setattr(cuda, "library", lambda: by_nvrtc)
+    found = flat(PROBLEMS[problem]())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert cupy.launches[-1][1:3] == geometry
+    # A kernel is compiled once.
+    PROBLEMS[problem]()
+    assert len(cupy.compiled) == len({name for name, _ in cupy.compiled})
+    assert set(cupy.streams) == {(0, 0)}
+
+
+def test_every_kernel_of_the_library_is_launched_here() -> None:
+    launchers = {path.stem for path in (CSRC / "cuda").glob("*.cu")} - {"library"}
+    assert set(nvrtc.LAUNCHES) == launchers
+    assert {problem.partition(",")[0] for problem in PROBLEMS} == launchers
+
+
+def test_sizes_are_those_of_the_sources(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    lines = [f'#include "cuda/{path.name}"' for path in (CSRC / "cuda").glob("*.cuh")]
+    lines.append("using namespace dirmerge::cuda;")
+    for scope, sizes in nvrtc.SIZES.items():
+        lines += [f"static_assert({scope}::{name} == {value});" for name, value in sizes.items()]
+    for bits, digits in nvrtc.DIGITS.items():
+        digit = f"kth_largest_magnitude::DIGITS_{bits}"
+        lines.append(f"static_assert(sizeof({digit}) / sizeof(int) == {len(digits)});")
+        lines += [f"static_assert({digit}[{i}] == {value});" for i, value in enumerate(digits)]
+    for size in (2, 4, 8):
+        element = {2: "Float16", 4: "float", 8: "double"}[size]
+        lines.append(f"static_assert(elect_merge::WIDE<{element}> == {min(4, 16 // size)});")
+        lines.append(f"static_assert(WIDEST<{element}> == {16 // size});")
+    lines.append("static_assert(sizeof(KthState) == 16);")
+    for m, n, held in ((70, 33, 2), (128, 128, 1), (9, 8, 0), (1, 1, 2)):
+        shared = sum(((m | 1) * n, (n | 1) * n)[:held]) * 4
+        lines.append(f"static_assert(jacobi_svd::shared_bytes({m}, {n}, {held}, 4) == {shared});")
+        even = n + n % 2
+        lines.append(
+            f"static_assert(jacobi_eigh::shared_bytes({n}, {held}, 8) == {held * even * (even + 1) * 8});"
+        )
+        lines.append(f"static_assert(jacobi::warps({n}) * 32 == {nvrtc._jacobi_threads(n)});")
+    (tmp_path / "sizes.cpp").write_text("\n".join(lines))
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", str(tmp_path / "sizes.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workspaces_are_those_of_the_library(emulated: Emulated) -> None:
+    for function in nvrtc.WORKSPACES:
+        for size in (1, 7, 4096):
+            assert library(FakeCuPy()).size(function, size) == emulated.library.size(function, size)
+
+
+def test_a_large_matrix_asks_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = FakeCuPy()
+    by_nvrtc = library(cupy)
+    monkeypatch.setattr(cuda, "library", lambda: by_nvrtc)
+    cuda.jacobi_svd(torch.zeros(4, 128, 128))
+    assert cupy.launches == [("dirmerge::cuda::jacobi_svd_kernel<float, 2>", 4, 512, 2 * 129 * 128 * 4)]
+
+
+def test_a_failure_names_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> int:
+        return 9
+
+    failing = library(FakeCuPy(fail))
+    monkeypatch.setattr(cuda, "library", lambda: failing)
+    with pytest.raises(RuntimeError, match=r"gram: the CUDA kernel was not launched: error 9"):
+        cuda.gram(torch.zeros(3, 3))
+
+
+def test_it_says_what_it_is_and_why_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library(FakeCuPy()).build_info() == {
+        "compiler": "NVRTC 13.0 by CuPy 14.2.0",
+        "built_for": "this GPU, on first use",
+    }
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
+    assert nvrtc.load("folder") == (
+        None,
+        "NVRTC could compile the kernels by CuPy: pip install dirmerge[cupy]",
+    )
+
+
+def test_it_serves_where_no_compiled_library_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    by_nvrtc = library(FakeCuPy())
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nvrtc, "load", lambda folder: (by_nvrtc, ""))
+    load = cuda._load.__wrapped__
+    assert load() == (by_nvrtc, "")
+    monkeypatch.setattr(nvrtc, "load", lambda folder: (None, "no CuPy"))
+    assert load()[0] is None
+    assert re.fullmatch(r"the CUDA library is not built: .*; no CuPy", load()[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CuPy" not in load()[1]
