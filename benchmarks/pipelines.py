@@ -163,6 +163,13 @@ def full(sizes: list[int]) -> list[dict[str, Any]]:
             print(f"{size} x {size}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in times.items()))
         for name, seconds in times.items():
             row[f"{name}_s"] = statistics.median(seconds)
+        # Power iterations in bfloat16 would need this to be well below 1.
+        test = torch.randn(size, size // N_TASKS + 16, generator=generator)
+        passes = []
+        for dtype in (torch.bfloat16, torch.float32):
+            a, x = deltas[0].to(dtype), test.to(dtype)
+            passes.append(timed(lambda a=a, x=x: a @ x, 7))  # type: ignore[misc]
+        row["bfloat16_pass"] = passes[0] / passes[1]
         rows.append(row)
         print(row)
     return rows
@@ -314,6 +321,13 @@ def report(results: dict[str, Any]) -> str:
                 for r in results["full"]
             ],
         )
+        lines[-1:] = [
+            "",
+            "A product with the test matrix in bfloat16 takes "
+            + ", ".join(f"{r['bfloat16_pass']:.2f} ({r['size']})" for r in results["full"])
+            + " times as long as in float32 on this machine: power iterations stay in float32.",
+            "",
+        ]
     if "seven-billion" in results:
         table(
             "Eight rank-16 adapters of 7B shape (32 layers, 7 matrices each) into one, file to file",

@@ -11,6 +11,7 @@ from dirmerge.methods.registry import register
     scale=Scale(value=1.0),
     elementwise=True,
     negative_weights=True,
+    is_mean=True,
 )
 def average(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta:
     """Computes D = Σ w_t D_t / Σ w_t, so that W_0 + D is the weighted mean of the fine-tunes.

@@ -42,6 +42,7 @@ class Method:
         scale: default of λ for full fine-tunes.
         adapter_scale: default of λ for adapters.
         negative_weights: whether a weight below 0 has a meaning.
+        is_mean: whether the weights are divided by their sum, which must not be 0 then.
         check: raises ValueError for options that make no sense together.
         estimate: cost from shapes alone.
     """
@@ -53,6 +54,7 @@ class Method:
     scale: Scale
     adapter_scale: Scale
     negative_weights: bool
+    is_mean: bool
     check: OptionCheck | None
     estimate: CostEstimate | None
 
@@ -107,8 +109,8 @@ class Method:
             raise ValueError(f"weights must not be negative for {self.name}, got {weights}")
         if all(w == 0 for w in weights):
             raise ValueError("weights must not all be 0: nothing would be merged")
-        if self.name == "average" and sum(weights) == 0:
-            raise ValueError("weights of an average must not sum to 0")
+        if self.is_mean and sum(weights) == 0:
+            raise ValueError(f"weights must not sum to 0 for {self.name}, a weighted mean")
 
     def cost(
         self, shape: tuple[int, ...], n_tasks: int, ranks: list[int | None], options: Mapping[str, Any]
@@ -127,6 +129,7 @@ def register(
     adapter_scale: Scale | None = None,
     elementwise: bool = False,
     negative_weights: bool = False,
+    is_mean: bool = False,
     check: OptionCheck | None = None,
     estimate: CostEstimate | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
@@ -148,6 +151,7 @@ def register(
             scale,
             adapter_scale or scale,
             negative_weights,
+            is_mean,
             check,
             estimate,
         )
