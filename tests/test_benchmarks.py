@@ -1,4 +1,4 @@
-"""The pages and tools of benchmarks/: counts by hand, pages written anew, runs compared, competitors right."""
+"""The pages and tools of benchmarks/: counts by hand, pages written anew, competitors that are right."""
 
 from __future__ import annotations
 
