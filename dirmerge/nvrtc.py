@@ -7,10 +7,12 @@ the instantiation, the grid and the shared memory. CuPy keeps what was compiled 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -307,6 +309,9 @@ class Library:
     def __init__(self, cupy: Any, folder: str) -> None:
         self._cupy = cupy
         self._options = ("--std=c++17", f"-I{folder}")
+        # CuPy's cache on disk knows the text it compiles, not what that includes.
+        files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".cuh", ".h"))
+        self._digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
         self._kernel = functools.cache(self._compile)
 
     def build_info(self) -> dict[str, str]:
@@ -348,7 +353,9 @@ class Library:
     def _compile(self, op: str, kernel: str) -> Any:
         name = f"dirmerge::cuda::{kernel}"
         module = self._cupy.RawModule(
-            code=f'#include "{op}.cuh"', options=self._options, name_expressions=(name,)
+            code=f'// {self._digest}\n#include "{op}.cuh"\n',
+            options=self._options,
+            name_expressions=(name,),
         )
         return module.get_function(name)
 

@@ -92,6 +92,7 @@ class FakeCuPy:
         self.launches: list[tuple[str, int, int, int]] = []
         self.compiled: list[tuple[str, tuple[str, ...]]] = []
         self.streams: list[tuple[int, int]] = []
+        self.codes: list[str] = []
         self.cuda = types.SimpleNamespace(
             Device=lambda index: nullcontext(),
             Stream=types.SimpleNamespace(from_external=self._stream),
@@ -106,7 +107,7 @@ class FakeCuPy:
     def RawModule(self, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> Any:  # noqa: N802
         (name,) = name_expressions
         self.compiled.append((name, options))
-        assert re.fullmatch(r'#include "\w+\.cuh"', code)
+        self.codes.append(code)
         return types.SimpleNamespace(get_function=lambda wanted: FakeKernel(self, name, wanted))
 
 
@@ -256,6 +257,49 @@ def test_a_large_matrix_asks_for_its_shared_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda, "library", lambda: by_nvrtc)
     cuda.jacobi_svd(torch.zeros(4, 128, 128))
     assert cupy.launches == [("dirmerge::cuda::jacobi_svd_kernel<float, 2>", 4, 512, 2 * 129 * 128 * 4)]
+
+
+def test_a_changed_header_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # CuPy keeps what it compiled by its source text and options.
+    shutil.copytree(cuda.sources(), tmp_path / "sources")
+    cupy = FakeCuPy()
+    for change in ("", "// changed"):
+        with (tmp_path / "sources" / "elements.cuh").open("a") as header:
+            header.write(change)
+        changed = nvrtc.Library(cupy, str(tmp_path / "sources"))
+        monkeypatch.setattr(cuda, "library", lambda changed=changed: changed)
+        cuda.gram(torch.zeros(3, 3))
+    assert cupy.codes[0] != cupy.codes[1]
+    assert all(code.endswith('#include "gram.cuh"\n') for code in cupy.codes)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_nvrtc_compiles_every_kernel_that_is_launched(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+    cupy = FakeCuPy()
+    recording = library(cupy)
+    monkeypatch.setattr(cuda, "library", lambda: recording)
+    for problem in PROBLEMS.values():
+        problem()
+    assert len(cupy.codes) > len(PROBLEMS)
+    success = bindings.nvrtcResult.NVRTC_SUCCESS
+    for op in nvrtc.LAUNCHES:
+        found = [
+            entry for entry, code in zip(cupy.compiled, cupy.codes, strict=True) if f'"{op}.cuh"' in code
+        ]
+        code = next(code for code in cupy.codes if f'"{op}.cuh"' in code)
+        program = bindings.nvrtcCreateProgram(code.encode(), b"kernel.cu", 0, [], [])[1]
+        for name, _ in found:
+            assert bindings.nvrtcAddNameExpression(program, name.encode())[0] == success
+        options = [f"--gpu-architecture={arch.replace('sm', 'compute')}", *found[0][1]]
+        result = bindings.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[
+            0
+        ]
+        log = b" " * bindings.nvrtcGetProgramLogSize(program)[1]
+        bindings.nvrtcGetProgramLog(program, log)
+        assert result == success, log.decode()
+        for name, _ in found:
+            assert bindings.nvrtcGetLoweredName(program, name.encode())[0] == success
 
 
 def test_a_failure_names_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
