@@ -125,7 +125,7 @@ class _Merge:
     def __init__(self, plan: Plan, sink: _Sink, progress: ProgressCallback | None) -> None:
         self.plan = plan
         self.sink = sink
-        self.read = _Inputs(plan)
+        self.read = Inputs(plan)
         self.records: list[TensorRecord] = []
         self.common_scale: float | None = None
         self.scale_origin = plan.scale.origin
@@ -191,11 +191,11 @@ class _Merge:
     def _spool(self, tensor: TensorPlan, record: TensorRecord, spool: Spool) -> tuple[float, float]:
         """Merge a tensor into the spool and return its alignment's numerator and denominator."""
         numerator = denominator = 0.0
-        for index in _slices(tensor):
+        for index in slices(tensor):
             merged, terms = self._merged(tensor, index, record, align=True)
             numerator += terms[0]
             denominator += terms[1]
-            spool.put(_key(tensor, index), _smaller(merged))
+            spool.put(matrix_name(tensor, index), _smaller(merged))
             del merged
         if denominator > 0:
             record.alignment = numerator / denominator
@@ -215,18 +215,8 @@ class _Merge:
         self, tensor: TensorPlan, index: int | None, record: TensorRecord, *, align: bool
     ) -> tuple[MergedDelta, tuple[float, float]]:
         """Merge one matrix by the method; with its alignment's numerator and denominator if asked for."""
-        # A weight of 0 leaves its fine-tune out, here and in the alignment.
-        sources = [source for source in tensor.sources if source.weight != 0]
-        shape = self.read.matrix_shape(tensor)
-        base = self.read.base_matrix(tensor, index)
-        tasks = Tasks(
-            shape,
-            [self.read.loader(tensor, source, index, base) for source in sources],
-            [source.rank for source in sources],
-            [self.plan.tasks[source.task].label for source in sources],
-        )
-        seed = tensor.seed if index is None else seed_for(f"{tensor.name}[{index}]", self.plan.recipe.seed)
-        weights = [source.weight for source in sources]
+        tasks, weights = self.read.tasks(tensor, index)
+        seed = matrix_seed(tensor, index, self.plan.recipe.seed)
         merged = merge_tasks(tasks, self.plan.method.name, weights, tensor.options, seed)
         terms = alignment_terms(tasks, merged, seed) if align else (0.0, 0.0)
         merged.factors = None  # the alignment is all they are still needed for
@@ -258,8 +248,8 @@ class _Merge:
         record.scale = tensor.scale if tensor.scale is not None else scale
         if record.scale is None:
             record.scale = self._own_scale(tensor, record, spool)
-        for index in _slices(tensor):
-            key = _key(tensor, index)
+        for index in slices(tensor):
+            key = matrix_name(tensor, index)
             if key in spool:
                 update = spool.get(key)
             else:
@@ -425,7 +415,7 @@ class _Merge:
             self._progress(Progress(phase, tensor.name, *counts, fraction))
 
 
-class _Inputs:
+class Inputs:
     """Reads weights and deltas; NaN and Inf are errors that name the file they come from."""
 
     def __init__(self, plan: Plan) -> None:
@@ -457,9 +447,20 @@ class _Inputs:
         base = self.base(tensor.name, *rows, check=False)
         return base.reshape(self.matrix_shape(tensor))
 
-    def loader(self, tensor: TensorPlan, source: Source, index: int | None, base: Tensor | None) -> _Loader:
-        """Return what loads one delta as the matrix the method sees."""
-        return _Loader(self, tensor, source, index, base)
+    def tasks(self, tensor: TensorPlan, index: int | None) -> tuple[Tasks, list[float]]:
+        """Return the deltas of one matrix as the method sees them, loaded one at a time, and their weights.
+
+        A weight of 0 leaves its fine-tune out.
+        """
+        sources = [source for source in tensor.sources if source.weight != 0]
+        base = self.base_matrix(tensor, index)
+        tasks = Tasks(
+            self.matrix_shape(tensor),
+            [_Loader(self, tensor, source, index, base) for source in sources],
+            [source.rank for source in sources],
+            [self.plan.tasks[source.task].label for source in sources],
+        )
+        return tasks, [source.weight for source in sources]
 
     def low_rank(self, source: Source) -> LowRank:
         """Return the update of an adapter's module."""
@@ -512,7 +513,7 @@ class _Loader:
     """Loads one task's delta, from disk every time: what the method does not keep is not in memory."""
 
     def __init__(
-        self, inputs: _Inputs, tensor: TensorPlan, source: Source, index: int | None, base: Tensor | None
+        self, inputs: Inputs, tensor: TensorPlan, source: Source, index: int | None, base: Tensor | None
     ) -> None:
         self.inputs = inputs
         self.tensor = tensor
@@ -715,11 +716,18 @@ class _Hasher:
             self._error = error
 
 
-def _slices(tensor: TensorPlan) -> Sequence[int | None]:
+def slices(tensor: TensorPlan) -> Sequence[int | None]:
+    """Return the numbers of a stack's matrices; [None] for a tensor that is one matrix."""
     return [None] if tensor.slices is None else range(tensor.slices)
 
 
-def _key(tensor: TensorPlan, index: int | None) -> str:
+def matrix_seed(tensor: TensorPlan, index: int | None, seed: int) -> int:
+    """Return the seed of whatever is random in the merge of one matrix."""
+    return tensor.seed if index is None else seed_for(matrix_name(tensor, index), seed)
+
+
+def matrix_name(tensor: TensorPlan, index: int | None) -> str:
+    """Return the name of one matrix: the tensor's, with its number in a stack."""
     return tensor.name if index is None else f"{tensor.name}[{index}]"
 
 
