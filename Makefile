@@ -36,7 +36,7 @@ test-gpu: setup  ## what needs a GPU, and the Triton tests compiled for it; says
 sanitize: setup  ## the CUDA C++ kernels on the CPU, emulated, under ASan and UBSan
 	DIRMERGE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest tests/cuda --ignore tests/cuda/test_resources.py
+		$(BIN)/python -m pytest --capture=sys tests/cuda --ignore tests/cuda/test_resources.py
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -156,11 +156,39 @@ def _batched(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
+def _workspace(device: torch.device, op: str, *sizes: int) -> torch.Tensor:
+    """The memory that the kernels of op work in."""
+    return torch.empty(library().size(f"{op}_workspace", *sizes), dtype=torch.uint8, device=device)
+
+
 def etf_project(core: torch.Tensor) -> torch.Tensor:
     """Launches K/(K − 1) · (Z − 1 1ᵀ Z / K); the core is read by its strides."""
     result = torch.empty_like(core, memory_format=torch.contiguous_format)
     z = _batched(core)
     library().call("etf_project", core.device, z, result, core.dtype, *z.shape, *z.stride())
+    return result
+
+
+def etf_project_add(
+    base: torch.Tensor,
+    update: torch.Tensor,
+    frame_sum: torch.Tensor,
+    K: int,
+    *,
+    scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Launches base + scale · K/(K − 1) · (D − q (qᵀD) / K); D is converted to the compute type first."""
+    m, n = base.shape
+    compute = torch.float64 if base.dtype == torch.float64 else torch.float32
+    result = base.new_empty(m, n, dtype=out_dtype or base.dtype)
+    update, frame_sum = update.to(compute), frame_sum.to(compute).contiguous()
+    workspace = _workspace(base.device, "etf_project_add", n)
+    tensors = (base, update, frame_sum, result, workspace)
+    strides = (*base.stride(), *update.stride())
+    library().call(
+        "etf_project_add", base.device, *tensors, base.dtype, result.dtype, m, n, *strides, K, float(scale)
+    )
     return result
 
 
@@ -181,8 +209,7 @@ def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
         return result
     if not x[0].is_contiguous():
         x = x.contiguous()
-    bytes_needed = library().size("kth_largest_magnitude_workspace", T)
-    workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=x.device)
+    workspace = _workspace(x.device, "kth_largest_magnitude", T)
     library().call(
         "kth_largest_magnitude", x.device, x, k, result, workspace, x.dtype, T, x[0].numel(), x.stride(0)
     )

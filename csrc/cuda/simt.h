@@ -29,6 +29,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -346,11 +347,11 @@ int launch(dim3 grid, dim3 block, std::size_t shared_bytes, const Body& body) {
         machine.error = "a grid, block or shared memory that no GPU can launch";
         return 9;  // cudaErrorInvalidConfiguration
     }
-    // Of the exact size, so that ASan sees the first byte beyond it.
-    const std::unique_ptr<unsigned char[]> shared(new (std::align_val_t{16}) unsigned char[shared_bytes]);
+    // Of the exact size, so that ASan sees the first byte beyond it; malloc aligns to 16.
+    const std::unique_ptr<void, decltype(&std::free)> shared(std::malloc(shared_bytes), &std::free);
     machine.grid = grid;
     machine.block = block;
-    machine.dynamic_shared = shared.get();
+    machine.dynamic_shared = static_cast<unsigned char*>(shared.get());
     machine.body = body;
     machine.votes = 0;
     try {
@@ -358,7 +359,7 @@ int launch(dim3 grid, dim3 block, std::size_t shared_bytes, const Body& body) {
             for (unsigned y = 0; y < grid.y; ++y)
                 for (unsigned x = 0; x < grid.x; ++x) {
                     machine.block_index = {x, y, z};
-                    std::memset(shared.get(), 0xFF, shared_bytes);
+                    std::memset(machine.dynamic_shared, 0xFF, shared_bytes);
                     run_block();
                 }
     } catch (const std::exception& error) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dirmerge import cuda
 from dirmerge.backends import FLOATING, implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
 
@@ -66,6 +67,9 @@ def _etf_project_add_torch(
     projected = torch.addr(update, frame_sum, frame_sum @ update, alpha=-1 / K)
     result = projected.mul_(scale * K / (K - 1)).add_(base)
     return result.to(out_dtype or base.dtype).contiguous()
+
+
+implements("etf_project_add", "native", devices=("cuda",))(cuda.etf_project_add)
 
 
 def etf_project_add(

@@ -41,6 +41,8 @@ def compile_emulated(
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("the CUDA kernels are emulated by a C++20 compiler, and there is no g++")
+    # The compiler itself is to run without the sanitizer that is preloaded for python.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     folder.mkdir(parents=True, exist_ok=True)
     compiled = [folder / f"{source.name}.o" for source in sources]
     running: list[subprocess.Popen[str]] = []
@@ -57,7 +59,7 @@ def compile_emulated(
             "-o",
             str(target),
         ]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         if len(running) % 2 == 0:
             running[-2].wait()
     for process in running:
@@ -65,7 +67,7 @@ def compile_emulated(
         assert process.returncode == 0, errors
     library = folder / "libemulated.so"
     linked = [str(path) for path in (*compiled, *objects)]
-    subprocess.run([compiler, *FLAGS, "-shared", *linked, "-o", str(library)], check=True)
+    subprocess.run([compiler, *FLAGS, "-shared", *linked, "-o", str(library)], check=True, env=environment)
     return library
 
 

@@ -16,13 +16,17 @@ from dirmerge import cuda
 KERNELS = CSRC / "cuda"
 BARRIER = re.compile(r"^ *__syncthreads\(\);.*\n", re.MULTILINE)
 
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+# gram: an odd number of steps, so that a tile's last stage is the next tile's first.
 PROBLEMS: dict[str, Callable[[], torch.Tensor]] = {
-    # An odd number of steps, so that a tile's last stage is the next tile's first.
-    "gram": lambda: cuda.gram(torch.randn(33, 130, generator=torch.Generator().manual_seed(0))),
-    "etf_project": lambda: cuda.etf_project(torch.randn(40, 70, generator=torch.Generator().manual_seed(0))),
-    "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(
-        torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)), 700
-    ),
+    "gram": lambda: cuda.gram(numbers(33, 130)),
+    "etf_project": lambda: cuda.etf_project(numbers(40, 70)),
+    "etf_project_add": lambda: cuda.etf_project_add(numbers(70, 70), numbers(70, 70), numbers(70), 5),
+    "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(numbers(3, 2000), 700),
 }
 BARRIERS = [
     pytest.param(op, i, id=f"{op}-{i}")
