@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import roofline
+from benchmarks import cuda_kernels, roofline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.md"
@@ -131,7 +131,7 @@ def _etf(size: int, *, dtype: torch.dtype, K: int) -> Arguments:
     return (normal(4, K, size, dtype=dtype),), {}
 
 
-def _etf_add(size: int, *, base: torch.dtype, update: torch.dtype) -> Arguments:
+def etf_add_inputs(size: int, *, base: torch.dtype, update: torch.dtype) -> Arguments:
     q = normal(size) * (9 / size) ** 0.5
     return (normal(size, size, dtype=base), normal(size, size, dtype=update), q, 9), {"scale": 0.3}
 
@@ -167,10 +167,12 @@ FORMS = (
         Form("etf_project", f"{NAMES[dtype]}, K = {K}", partial(_etf, dtype=dtype, K=K))
         for dtype, K in ((BF16, 128), (FP16, 128), (FP32, 128), (FP64, 128), (FP32, 512))
     ),
-    Form("etf_project_add", "bfloat16", partial(_etf_add, base=BF16, update=BF16)),
-    Form("etf_project_add", "float16, float32 update", partial(_etf_add, base=FP16, update=FP32)),
-    Form("etf_project_add", "float32", partial(_etf_add, base=FP32, update=FP32)),
-    *_two_sizes("etf_project_add", "bfloat16, float32 update", partial(_etf_add, base=BF16, update=FP32), {}),
+    Form("etf_project_add", "bfloat16", partial(etf_add_inputs, base=BF16, update=BF16)),
+    Form("etf_project_add", "float16, float32 update", partial(etf_add_inputs, base=FP16, update=FP32)),
+    Form("etf_project_add", "float32", partial(etf_add_inputs, base=FP32, update=FP32)),
+    *_two_sizes(
+        "etf_project_add", "bfloat16, float32 update", partial(etf_add_inputs, base=BF16, update=FP32), {}
+    ),
     *(
         Form("kth_largest_magnitude", NAMES[dtype], partial(_kth, dtype=dtype))
         for dtype in (BF16, FP16, FP32, FP64)
@@ -383,18 +385,19 @@ def broken_promises(form: Form, target: str, kernels: list[Row]) -> list[str]:
     return broken + [f"{form.op} ({form.name}): {kernel} was not launched" for kernel in sorted(missing)]
 
 
-def start_numerics() -> subprocess.Popen[str]:
-    """Starts the interpreter's process; Triton decides at its import whether it interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "benchmarks.numerics"]
+def start_numerics(kind: str) -> subprocess.Popen[str]:
+    """Starts the process that runs "triton" or "cuda" kernels on the CPU."""
+    # Triton decides at its import whether it interprets.
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if kind == "triton" else "0"}
+    command = [sys.executable, "-m", "benchmarks.numerics", kind]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def read_numerics(process: subprocess.Popen[str]) -> dict[tuple[str, str], Accuracy]:
-    """Waits for the interpreter and returns the accuracy of every form."""
+    """Waits for such a process and returns the accuracy of every form."""
     output, _ = process.communicate()
     if process.returncode:
-        sys.exit("the interpreter failed: python -m benchmarks.numerics under TRITON_INTERPRET=1 says why")
+        sys.exit(f"the kernels did not run on the CPU: {' '.join(map(str, process.args))} says why")
     return {(row.pop("op"), row.pop("form")): Accuracy(**row) for row in json.loads(output)}
 
 
@@ -418,7 +421,8 @@ Written by `make kernels`; nothing here ran on a GPU, and no speed on one has be
 - Registers per thread (vector registers on gfx942); bytes spilled (of Triton's kernels the stack, where
   spills go); bytes of shared memory per block; occupancy: warps that a multiprocessor holds, of 64.
 - Error: max |found − truth| / max |truth| against float64; beside it torch's own in the same dtype. A run
-  fails above twice torch's own, plus half a unit of the arithmetic's dtype where torch happens to be exact.
+  fails above twice torch's own plus 6e-8, half a unit of float32, for where torch happens to be exact.
+  Float64 is compared with torch's own float64, to 1e-13. Of a CUDA C++ kernel the worst form of a dtype.
 """
 
 
@@ -444,9 +448,40 @@ def page(rows: list[Row], accuracies: dict[tuple[str, str, str], Accuracy]) -> s
     return "\n".join(lines) + "\n"
 
 
+# What the template arguments of the CUDA C++ kernels say of the dtype; 16-bit numbers share one selection.
+TEMPLATE_DTYPES = {
+    "BFloat16": (BF16,),
+    "Float16": (FP16,),
+    "float": (FP32,),
+    "double": (FP64,),
+    "unsigned short": (BF16, FP16),
+    "unsigned int": (FP32,),
+    "unsigned long long": (FP64,),
+}
+
+
+def cuda_row(found: cuda_kernels.Row) -> Row:
+    """A row of benchmarks.cuda_kernels as one of this page."""
+    spilled = max(found.stack, found.spills)
+    form = (re.findall(r"<(.*)>", found.kernel) or [""])[0]
+    kernel = found.kernel.split("<")[0]
+    numbers = found.registers, spilled, found.shared, found.occupancy
+    return Row(found.op, "CUDA C++", form, kernel, found.arch, *numbers)
+
+
+def of_instantiation(row: Row, numbers: dict[tuple[str, str], Accuracy]) -> Accuracy | None:
+    """The accuracy of the worst form of the dtype that a CUDA C++ kernel is instantiated for."""
+    dtypes = TEMPLATE_DTYPES.get(row.form.split(",")[0], ())
+    names = tuple(NAMES[dtype] for dtype in dtypes)
+    found = [value for (op, form), value in numbers.items() if op == row.op and form.startswith(names)]
+    if not names or not found:
+        return None
+    return max(found, key=lambda value: value.error / (2 * value.by_torch + value.floor))
+
+
 def main() -> None:
     """Prints and writes the table; exits with 1 and a list where a promise does not hold."""
-    interpreter = start_numerics()
+    interpreter = start_numerics("triton")
     rows: list[Row] = []
     broken: list[str] = []
     for form in FORMS:
@@ -459,6 +494,19 @@ def main() -> None:
     broken += [f"{op} ({form}) was not computed" for op, form in sorted(missing)]
     broken += wrong_numbers(numbers, "Triton")
     accuracies = {("Triton", *key): found for key, found in numbers.items()}
+
+    emulation = start_numerics("cuda")
+    compiled = list(cuda_kernels.rows())
+    for found in compiled:
+        broken += cuda_kernels.broken_promises(found)
+    emulated = read_numerics(emulation)
+    broken += wrong_numbers(emulated, "CUDA C++")
+    for row in map(cuda_row, compiled):
+        rows.append(row)
+        worst = of_instantiation(row, emulated)
+        if worst is not None:
+            accuracies["CUDA C++", row.op, row.form] = worst
+    rows.sort(key=lambda row: row.op)
     text = page(rows, accuracies)
     print(text)
     RESULTS.write_text(text)

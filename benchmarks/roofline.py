@@ -348,7 +348,7 @@ def page() -> str:
         "",
         f"The {BLOCKS['llama7b']} blocks of LLaMA-7B, their seven matrices each; embeddings and norms are",
         f"left out. {POWER_ITERATIONS} power iterations with bfloat16 products and a float32 last pass; both",
-        "cover spaces by float32 polar steps. A stage counts as if the FLOP and bytes of its kernels overlapped.",
+        "cover spaces by float32 polar steps. A stage counts as if FLOP and bytes of its kernels overlapped.",
         "",
     ]
     for adapters in (False, True):
