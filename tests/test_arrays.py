@@ -342,6 +342,21 @@ def test_linalg_takes_numpy_and_returns_it(name: str, args: tuple[Any, ...], kwa
             assert one == other
 
 
+def test_numpy_results_can_be_asked_on() -> None:
+    svd = arrays.of_any_kind(linalg.svd_truncated)(A, 3)
+    expected = linalg.svd_truncated(torch.from_numpy(A.copy()), 3)
+    for name in ("energy", "residual"):
+        value = arrays.of_any_kind(getattr(linalg.TruncatedSVD, name).fget)(svd)
+        np.testing.assert_allclose(value, getattr(expected, name).numpy())
+    np.testing.assert_allclose(
+        arrays.of_any_kind(linalg.TruncatedSVD.dense)(svd.truncated(2)), expected.truncated(2).dense().numpy()
+    )
+    first, second = arrays.of_any_kind(linalg.TruncatedSVD.unbind)(svd)
+    assert isinstance(first.total, np.ndarray)
+    np.testing.assert_array_equal(second.u, svd.u[1])
+    assert svd.rank == 3
+
+
 def test_threads_share_nothing() -> None:
     found: list[Any] = []
     threads = [threading.Thread(target=lambda i=i: found.append(double(np.full(5, i)))) for i in range(8)]
