@@ -2,8 +2,8 @@
 
     python -m benchmarks --ops polar,gram --shapes llama7b --dtypes float16 --device cuda --slow-cases
 
-A run of everything becomes benchmarks/results/bench_cpu.json or bench_cuda.json, and the page is written
-anew; a narrowed one becomes benchmarks/results/last.json, which git ignores, for benchmarks.report --against.
+The result is benchmarks/results/last.json, which git ignores, for benchmarks.report --against. A run of
+everything becomes bench_cpu.json or bench_cuda.json there, and the page is written anew.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def main() -> None:
         if getattr(arguments, name)
     ]
     narrowed = arguments.ops or arguments.shapes or arguments.dtypes
-    target = HERE / "results" / ("last.json" if narrowed else f"bench_{device}.json")
+    # A run that is broken off leaves the last whole one as it is.
+    target = HERE / "results" / "last.json"
     kept = ["--benchmark-enable", f"--benchmark-json={target}", "--benchmark-columns=median,iqr,rounds"]
     code = pytest.main([str(HERE), *kept, *options, *others])
     if code == 0 and not narrowed:
+        target.replace(target.with_name(f"bench_{device}.json"))
         report.PAGE.write_text(report.page())
     sys.exit(code)
 

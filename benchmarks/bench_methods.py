@@ -30,20 +30,20 @@ def _measure_method(
     m, n = layer.m, layer.n
     p, q = min(m, n), max(m, n)
     rank = ADAPTER_RANK if kind == "adapters" else p // TASKS
-    one_svd = 4 * q * p * p + 22 * p**3
     if kind == "adapters" and variant == "randomized":
         pytest.skip("adapters are decomposed exactly, whatever svd says")
     if variant == "randomized" and not spectral:
         pytest.skip(f"{method} needs no truncated SVD")
-    # The dense form has T + 2 SVDs; randomized, T sketches of six passes and two cover spaces remain.
+    # T decompositions and two cover spaces, or the one of the sum.
+    count = TASKS + 2 if spectral else 1
     if variant == "dense":
-        flops: float = (TASKS + 2) * one_svd if spectral else one_svd
+        flops = count * inputs.svd_flops(m, n)
     elif kind == "adapters":
-        flops = 8 * (m + n) * (TASKS * rank) ** 2
+        flops = 8.0 * (m + n) * (TASKS * rank) ** 2
     elif variant == "exact":
-        flops = (TASKS + 2) * one_svd if spectral else one_svd
+        flops = count * inputs.gram_flops(m, n, rank)
     else:
-        flops = TASKS * 12 * m * n * (rank + 16) + 2 * 16 * q * p * p
+        flops = TASKS * 12.0 * m * n * (rank + 16) + 2 * inputs.gram_flops(q, p, p)
     affordable(flops)
     if kind == "adapters":
         deltas: list[Any] = [inputs.adapter(m, n, rank) for _ in range(TASKS)]

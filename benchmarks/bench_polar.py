@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import competitors
+from benchmarks import competitors, inputs
 from benchmarks.shapes import Layer
 from dirmerge.linalg import polar
 
@@ -15,11 +15,13 @@ def test_polar(
     measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: str
 ) -> None:
     m, k = max(layer.m, layer.n), min(layer.m, layer.n)
-    steps = 8
-    by_svd = 4 * m * k * k + 22 * k**3 + 2 * m * k * k
-    # On the Gram matrix where that is the smaller one.
-    by_steps = steps * min(4 * m * k * k + k**3, 5 * k**3) + 3 * m * k * k
-    flops = by_steps if variant in ("auto", "newton_schulz") else by_svd
+    if variant == "newton_schulz":
+        # Eight steps, on the Gram matrix where that is the smaller one.
+        flops = 8.0 * min(4 * m * k * k + k**3, 5 * k**3) + 3 * m * k * k
+    elif variant in ("auto", "exact"):
+        flops = inputs.gram_flops(m, k, k)
+    else:
+        flops = inputs.svd_flops(m, k) + 2 * m * k * k
     affordable(flops)
     # Singular values from 0.02 to 1, as of task bases that overlap.
     u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(k, k)).Q

@@ -15,12 +15,13 @@ def test_svd_truncated(
     measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: str
 ) -> None:
     m, n = layer.m, layer.n
-    p, q = min(m, n), max(m, n)
+    p = min(m, n)
     rank = p // TASKS
-    # A full SVD with both sides by divide and conquer, of the R of a QR where q is much larger than p; a
-    # sketch with two power iterations has six passes.
-    full = 4 * q * p * p + 22 * p**3
-    flops = 12 * m * n * (rank + 16) if variant == "randomized" else full
+    if variant == "randomized":
+        # A sketch, two power iterations and the last pass.
+        flops = 12.0 * m * n * (rank + 16)
+    else:
+        flops = inputs.gram_flops(m, n, rank) if variant == "exact" else inputs.svd_flops(m, n)
     affordable(flops)
     a = inputs.delta(m, n)
 

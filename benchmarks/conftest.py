@@ -113,7 +113,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _family(item: pytest.Function) -> str | None:
     """The shape family of a case: that of the first parameter that has one."""
-    found = (getattr(value, "family", None) for value in item.callspec.params.values())
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    found = (getattr(value, "family", None) for value in params.values())
     return next((name for name in found if name), None)
 
 

@@ -38,3 +38,15 @@ def best_energy(p: int, rank: int) -> float:
 def adapter(m: int, n: int, rank: int) -> LowRank:
     """A LoRA update (m, n) of one rank."""
     return LowRank.from_lora(torch.randn(m, rank) / m**0.5, torch.randn(rank, n) / n**0.5, 2.0)
+
+
+def svd_flops(m: int, n: int) -> float:
+    """About the FLOPs of a full SVD with both sides: QR of the longer side, divide and conquer of its R."""
+    p, q = min(m, n), max(m, n)
+    return 4.0 * q * p * p + 22.0 * p**3
+
+
+def gram_flops(m: int, n: int, rank: int) -> float:
+    """About the FLOPs by the smaller Gram matrix: itself, its eigenproblem, a product with rank columns."""
+    p, q = min(m, n), max(m, n)
+    return 1.0 * q * p * p + 9.0 * p**3 + 2.0 * q * p * rank

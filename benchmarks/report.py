@@ -3,8 +3,8 @@
     python -m benchmarks.report                                 results/README.md, from the JSON beside it
     python -m benchmarks.report --against OLD.json [NEW.json]   case by case; NEW: results/bench_cpu.json
 
-The page has the ops and algorithms of `make bench`, the pipelines of `python -m benchmarks.pipelines` and the
-accuracies of `make tasks`, each with the machine it ran on.
+The page has the pipelines of benchmarks.pipelines, the accuracies of benchmarks.tasks.fidelity, and the ops
+and algorithms of `make bench`, each with the machine it ran on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.pipelines import report as render_pipelines
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "README.md"
@@ -57,6 +58,9 @@ def cases(run: dict[str, Any]) -> dict[Case, dict[str, Entry]]:
     found: dict[Case, dict[str, Entry]] = {}
     for entry in run["benchmarks"]:
         info = entry["extra_info"]
+        if "implementation" not in info:
+            # A benchmark of something else, with numbers of its own.
+            continue
         key = info["op"], info["case"], info["dtype"]
         found.setdefault(key, {})[info["implementation"]] = entry
     return found
@@ -96,9 +100,10 @@ def microbenchmarks(run: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        "The ratio is that of the first column to the best other one. The last column counts each input and",
-        "output once against the copy, and the products of the method against a GEMM of the dtype they are",
-        "computed in (float32 for 16-bit inputs on a CPU), whichever is nearer its limit, for the best.",
+        "The ratio is that of the first column to the best other one. The last column counts each input",
+        "and output once against the copy, and the FLOP of the method (of factorisations about) against a",
+        "GEMM of the dtype they are computed in (float32 for 16-bit inputs on a CPU): the nearer limit, for",
+        "the best. Small inputs stay in the cache, which is faster than a copy of what does not fit it.",
         "",
     ]
     for op, found in sorted(by_op.items()):
@@ -117,58 +122,50 @@ def microbenchmarks(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value)
-
-
-def _generic(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of a pipeline's rows under their own names; `_s`, `_mb` and `_gb` are units."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    units = {"_s": " (s)", "_mb": " (MB)", "_gb": " (GB)"}
-    names = []
-    for key in keys:
-        unit = next((suffix for suffix in units if key.endswith(suffix)), "")
-        names.append(key.removesuffix(unit).replace("_", " ") + units.get(unit, ""))
-    return table(" | ".join(names), ([_cell(row.get(key, "")) for key in keys] for row in rows))
-
-
-PIPELINES = {
-    "full": "DC-Merge of eight full fine-tunes of one matrix, against dense (T + 2 full SVDs)",
-    "adapters": "DC-Merge of eight rank-16 adapters of one matrix: factored against dense (T + 2 full SVDs)",
-    "seven-billion": "Eight rank-16 adapters of 7B shape (32 layers, 7 matrices each) into one, file to file",
-    "memory": "Full fine-tunes: peak resident memory, bound 1 GB + (T + 6) × the largest tensor in float32",
-}
-
-
 def pipelines(results: dict[str, Any]) -> list[str]:
-    """A table per part of benchmarks.pipelines, with whatever it measured."""
-    lines = [f"Machine: {results['machine']}.", ""] if isinstance(results.get("machine"), str) else []
-    for part, rows in results.items():
-        if not isinstance(rows, (list, dict)):
-            continue
-        rows = [rows] if isinstance(rows, dict) else rows
-        flat = [row for row in rows if isinstance(row, dict)]
-        lines += [f"### {PIPELINES.get(part, part)}", "", *_generic(flat)]
-    return lines
+    """The tables of benchmarks.pipelines, one level below this page's headings."""
+    lines = render_pipelines(results).splitlines()[1:]
+    return [f"#{line}" if line.startswith("## ") else line for line in lines]
 
 
-def accuracy(tasks: Sequence[dict[str, Any]]) -> list[str]:
-    """Randomized against exact SVDs on the real tasks, where a group of runs has both."""
+def fidelity(results: dict[str, Any]) -> list[str]:
+    """Accuracies of merges with randomized SVDs against exact ones: means over the tasks, then over seeds."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        by_method.setdefault(row["method"], []).append(row)
+
+    def mean(values: Iterable[float]) -> float:
+        found = list(values)
+        return sum(found) / len(found)
+
     rows = []
-    for group in tasks:
-        for entry in group.get("methods", []):
-            if "exact" in entry and "randomized" in entry:
-                exact, randomized = float(entry["exact"]), float(entry["randomized"])
-                rows.append(
-                    [entry["method"], group["kind"], str(len(group["seeds"])), f"{100 * exact:.2f}",
-                     f"{100 * randomized:.2f}", f"{100 * (randomized - exact):+.2f}"]
-                )  # fmt: skip
-    if not rows:
-        return []
-    header = "method | fine-tunes | seeds | exact | randomized | difference"
-    return ["### Accuracy in per cent on the real tasks", "", *table(header, rows, left=2)]
+    for method, found in by_method.items():
+        exact, randomized = (
+            mean(mean(row[kind].values()) for row in found) for kind in ("exact", "randomized")
+        )
+        cells = f"{exact:.2f}", f"{randomized:.2f}", f"{mean(row['difference'] for row in found):+.2f}"
+        seeds = ", ".join(str(row["seed"]) for row in found)
+        rows.append((method, seeds, *cells, f"{mean(row['cosine'] for row in found):.3f}"))
+    header = "method | seeds | exact | randomized | difference | cosine of the updates"
+    total = (
+        f"Over all: {results['mean_difference']:+.3f} points on average, "
+        f"{results['mean_absolute_difference']:.3f} in absolute value."
+    )
+    return [*table(header, rows, left=2), total, ""]
+
+
+def other_machines(folder: Path, runs: dict[str, dict[str, Any]]) -> str:
+    """Says what ran on another CPU or with other threads than the pipelines; else empty."""
+    if not (folder / "pipelines.json").exists():
+        return ""
+    machine_of_pipelines = str(load(folder / "pipelines.json").get("machine"))
+    found = []
+    for run in runs.values():
+        about = run["machine_info"]["dirmerge"]
+        threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+        if about["cpu"] not in machine_of_pipelines or f"with {threads}" not in machine_of_pipelines:
+            found.append(f"ops and algorithms on {about['cpu']} with {threads}")
+    return f"pipelines on {machine_of_pipelines}; {'; '.join(found)}" if found else ""
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -188,11 +185,17 @@ def page(folder: Path = RESULTS) -> str:
     ]
     if "cuda" not in runs:
         lines += ["**No GPU: nothing below ran on one, and the speed of the GPU kernels is unmeasured.**", ""]
+    elsewhere = other_machines(folder, runs)
+    if elsewhere:
+        lines += [f"**Not everything ran under the same conditions:** {elsewhere}.", ""]
     if (folder / "pipelines.json").exists():
-        results = load(folder / "pipelines.json")
-        lines += ["## Pipelines", "", *pipelines(results)]
-    if (folder / "tasks.json").exists():
-        lines += accuracy(json.loads((folder / "tasks.json").read_text()))
+        lines += ["## Pipelines", *pipelines(load(folder / "pipelines.json")), ""]
+    if (folder / "fidelity.json").exists():
+        lines += [
+            "## Randomized against exact SVDs on real fine-tunes, accuracy in per cent",
+            "",
+            *fidelity(load(folder / "fidelity.json")),
+        ]
     for name, run in runs.items():
         lines += [f"## Ops and algorithms, {'GPU' if name == 'cuda' else 'CPU'}", "", *microbenchmarks(run)]
     return "\n".join(lines).rstrip() + "\n"
