@@ -85,7 +85,7 @@ def mda(
     left = cover_space(factors.u, svd, "left", record)
     right = cover_space(factors.v, svd, "right", record)
     # The shared frame loses the direction Q 1, which depends on the signs that an SVD leaves open: fix them.
-    signs = _signs(factors.u)
+    signs = column_signs(factors.u)
     s = factors.weighted(weights)
     record.rank = k
     if (k if frame == "shared" else min(m, k)) < 2:
@@ -101,7 +101,7 @@ def mda(
     return MergedDelta(merged, record, factors)
 
 
-def _signs(u: torch.Tensor) -> torch.Tensor:
+def column_signs(u: torch.Tensor) -> torch.Tensor:
     """(r,) the sign of each column's largest entry, so that a singular vector has one orientation."""
     return u.gather(0, u.abs().argmax(0, keepdim=True)).squeeze(0).sign()
 
