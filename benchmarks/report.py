@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.pipelines import report as render_pipelines
+from benchmarks.shapes import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS / "README.md"
@@ -66,6 +67,12 @@ def cases(run: dict[str, Any]) -> dict[Case, dict[str, Entry]]:
     return found
 
 
+def families(run: dict[str, Any]) -> list[str]:
+    """The shape families that a run has cases of."""
+    texts = [case for _, case, _ in cases(run)]
+    return [name for name in FAMILIES if any(name in text for text in texts)]
+
+
 def median(entry: Entry) -> float:
     return float(entry["stats"]["median"])
 
@@ -90,6 +97,7 @@ def microbenchmarks(run: dict[str, Any]) -> list[str]:
         f"Machine: {machine.line(about)}.",
         f"Medians of {clock} over the rounds of one run, all implementations of a case side by side, every",
         "result checked before it was timed.",
+        f"Shape families in this run: {', '.join(families(run))}; all of them are {', '.join(FAMILIES)}.",
         "",
     ]
     for threads, peaks in about["peaks"].items():
