@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dirmerge.alignment.run import align
     from dirmerge.api import merge, plan
     from dirmerge.backends import backend
     from dirmerge.difference import Difference
@@ -14,12 +15,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Difference", "LowRank", "MergedDelta", "__version__", "backend", "merge", "merge_deltas", "plan"]
+__all__ = [
+    "Difference",
+    "LowRank",
+    "MergedDelta",
+    "__version__",
+    "align",
+    "backend",
+    "merge",
+    "merge_deltas",
+    "plan",
+]
 
 _HOME = {
     "Difference": "dirmerge.difference",
     "LowRank": "dirmerge.lowrank",
     "MergedDelta": "dirmerge.methods",
+    "align": "dirmerge.alignment.run",
     "backend": "dirmerge.backends",
     "merge": "dirmerge.api",
     "merge_deltas": "dirmerge.methods",

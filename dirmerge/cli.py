@@ -17,6 +17,7 @@ from dirmerge.errors import DirmergeError, OutputError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dirmerge.alignment.run import AlignProgress, AlignResult
     from dirmerge.checkpoints.plan import Plan, TensorPlan
     from dirmerge.engine.result import MergeResult, Progress
 
@@ -141,6 +142,37 @@ def merge(
 
 
 @app.command()
+def align(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")],
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="File (.safetensors) from which an interrupted learning goes on."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
+    ] = None,
+    log: Log = LogKind.text,
+) -> None:
+    """Merge, and align every task's features with unlabelled data: one backbone, a head per task."""
+    with _errors(log):
+        import torch
+
+        from dirmerge.alignment.run import align as run_align
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if log is LogKind.json:
+            result = run_align(recipe, out, overwrite=overwrite, state=state, progress=_json_align)
+            _print_json({"event": "done", "path": str(result.path), **result.to_dict()})
+            return
+        with _align_bar() as update:
+            result = run_align(recipe, out, overwrite=overwrite, state=state, progress=update)
+        _print_alignment(result)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -239,6 +271,51 @@ def _json_progress(step: Progress) -> None:
             "output_bytes": step.output_bytes,
         }
     )
+
+
+def _json_align(step: AlignProgress) -> None:
+    _print_json(
+        {"event": "align", "phase": step.phase, "name": step.name, "done": step.done, "total": step.total}
+    )
+
+
+@contextlib.contextmanager
+def _align_bar() -> Iterator[Callable[[AlignProgress], None]]:
+    """Show a progress bar on standard error that names the phase."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("merge", total=1.0, what="")
+
+        def update(step: AlignProgress) -> None:
+            what = f"{step.done}/{step.total} {step.name}"
+            bar.update(task, description=step.phase, completed=step.done, total=step.total, what=what)
+
+        yield update
+
+
+def _print_alignment(result: AlignResult) -> None:
+    console = _console()
+    _print_summary(result.merge)
+    if result.fits is not None:
+        rows = [
+            [fit.name, str(fit.inputs)]
+            + [f"{100 * f.agreement:.1f}" if f else "" for f in (fit.plain, fit.aligned, fit.control)]
+            for fit in result.fits
+        ]
+        title = "Agreement with each task's own fine-tune, % of the inputs held out"
+        console.print(_table(title, ["task", "inputs", "merged", "aligned", "base aligned (control)"], rows))
+    if result.learned is not None:
+        learned = result.learned
+        console.print(f"learned  {learned.steps} steps, kept the state of step {learned.best_step}")
+    for note in result.notes:
+        console.print(f"note     {note}", markup=False, highlight=False)
+    console.print(f"heads    {', '.join(result.heads)}", markup=False, highlight=False)
 
 
 @contextlib.contextmanager

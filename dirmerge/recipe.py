@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
+from dirmerge.alignment.config import AlignSection, AlignTask, LearnOptions
 from dirmerge.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -354,6 +355,7 @@ class Recipe(_Strict):
     shard_size: SizeInBytes = 5 * 10**9
     seed: Annotated[int, Field(ge=0)] = 0
     adapter_rank: Annotated[int, Field(ge=1)] | None = None
+    align: AlignSection | None = None
 
     _plain: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origin: str = PrivateAttr(default="recipe")
@@ -530,6 +532,9 @@ class Recipe(_Strict):
                     f"tensors[{i}].model: must be a listed model, got {rule.model!r}"
                     + suggestion(rule.model, labels)
                 )
+        if self.align is not None and complete:
+            labels = [task.model.label for task in self.tasks()]
+            problems += self.align.problems(labels, self.merge_method)
         problems += self._task_parameter_problems()
         problems += self._normalize_problems()
         if self.scale is not None and not self.scale.numeric:
@@ -778,6 +783,9 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
         "tensors": TensorRule,
     }
     model = nested.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    if location[0] == "align" and len(location) > 1:
+        inner: dict[str, type[BaseModel]] = {"tasks": AlignTask, "learn": LearnOptions}
+        model = inner.get(str(location[1]), AlignSection) if len(location) > 2 else AlignSection
     return [*model.model_fields]
 
 

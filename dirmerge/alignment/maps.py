@@ -165,10 +165,14 @@ def fit_task(
     """Fits one task's map from its features; see closed_form."""
     head = as_head(task.head)
     n = a.shape[0]
-    cut = n - int(held_out * n)
-    train, test = (slice(0, cut), slice(cut, n)) if cut < n else (slice(0, n), slice(0, n))
+    # Every k-th input is held out, not the last ones: inputs are often sorted by length or class.
+    aside = torch.zeros(n, dtype=torch.bool)
+    if held_out > 0 and n > 1:
+        aside[torch.linspace(0, n - 1, max(1, int(held_out * n))).round().long()] = True
+    count = int(aside.sum())
+    train, test = (~aside, aside) if count else (~aside, ~aside)
     matrix = feature_map(a, b, kind, ridge)
-    fitted = matrix if cut == n else feature_map(a[train], b[train], kind, ridge)
+    fitted = feature_map(a[train], b[train], kind, ridge) if count else matrix
     found = None
     if control is not None:
         found = _fit(head, control[test] @ feature_map(control[train], b[train], kind, ridge), b[test])
@@ -177,7 +181,7 @@ def fit_task(
         matrix,
         head.folded(matrix),
         n,
-        n - cut,
+        count,
         _fit(head, a[test], b[test]),
         _fit(head, a[test] @ fitted, b[test]),
         found,
