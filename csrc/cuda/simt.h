@@ -151,17 +151,23 @@ class Stacks {
             memory_ = static_cast<char*>(memory);
             count_ = fibers;
         }
-#if defined(__SANITIZE_ADDRESS__)
-        // Frames of a launch that ended with an error were never left.
-        ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * bytes);
-#endif
+        unpoison();
     }
 
     ~Stacks() { release(); }
 
   private:
     void release() {
+        unpoison();
         if (memory_ != nullptr) munmap(memory_, count_ * bytes);
+    }
+
+    // A fiber's outermost frames, and all frames of a launch that ended with an error, are never left: for
+    // ASan they would stay forbidden, whatever comes to lie there.
+    void unpoison() {
+#if defined(__SANITIZE_ADDRESS__)
+        ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * bytes);
+#endif
     }
 
     char* memory_ = nullptr;
