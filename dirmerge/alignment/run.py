@@ -15,7 +15,7 @@ from torch import Tensor
 from dirmerge.alignment.config import AlignSection, AlignTask
 from dirmerge.alignment.data import MissingPackageError, make_batches, read_inputs, task_seed
 from dirmerge.alignment.features import Pooled, classifier, last_linear
-from dirmerge.alignment.heads import FOLDER, CallableHead, Head, read_head, write_head
+from dirmerge.alignment.heads import FOLDER, CallableHead, Head, as_head, read_head, write_head
 from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, learn
 from dirmerge.alignment.maps import Fit, MapKind, TaskMap, fit_task
 from dirmerge.alignment.model import AlignmentTask, Model, read_features
@@ -175,7 +175,7 @@ class _Source:
         return "input of the last linear layer" if self.section.head is None else self.section.features
 
     def module(self, *, empty: bool = False) -> torch.nn.Module:
-        """Make the float32 module with the fine-tune's weights; an adapter's has the base's and its own head."""
+        """Make the float32 module with the fine-tune's weights; an adapter's has the base's."""
         transformers = _transformers()
         kind = "AutoModel"
         if self.section.head is None:
@@ -214,11 +214,25 @@ class _Source:
         batches = make_batches(self.inputs, self.images, self.folder, section.batch_size, section.max_length)
         if self.section.head is None:
             reader, own = classifier(module)
-            return AlignmentTask(self.name, batches, own, reader)
+            task = AlignmentTask(self.name, batches, own, reader)
+            self._check(module, task)
+            return task
         stored = read_head(self.section.head)
         if stored.head is None:
             raise CheckpointError(f"{self.section.head}: holds a map alone, and a head is needed")
         return AlignmentTask(self.name, batches, stored.head, Pooled(self.section.features))
+
+    @torch.no_grad()
+    def _check(self, module: torch.nn.Module, task: AlignmentTask) -> None:
+        """Check that the head on the features gives the model's logits: not all classifiers are linear."""
+        batch = task.batch_list()[0]
+        expected = Model(module).run(batch).logits
+        found = as_head(task.head)(task.features(Model(module), batch))
+        if found.shape != expected.shape or float((found - expected).norm()) > 1e-3 * float(expected.norm()):
+            raise MismatchError(
+                f"task {self.name}: the logits of {type(module).__name__} are not a linear layer of its last "
+                "features, so no map folds into it; use the Python API with features and a head of your own"
+            )
 
     def names(self, module: torch.nn.Module, known: Iterable[str]) -> dict[str, str]:
         """The module's name of every known tensor of the merge that it has.
