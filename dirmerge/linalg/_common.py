@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dirmerge.arrays import of_any_kind
+
 SINGLE_THREAD_UP_TO = 256
 # Smallest sine of the angle between a column and those before it for which two passes of CholeskyQR give an
 # orthonormal basis; the first pass works on a float64 Gram matrix.
@@ -27,6 +29,7 @@ def working(x: Tensor, name: str = "x") -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
+@of_any_kind
 def all_finite(x: Tensor) -> bool:
     """Returns whether x holds no NaN and no Inf: a sum, and a second pass only where that is not finite."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
@@ -67,6 +70,7 @@ def seed_for(name: str, seed: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@of_any_kind
 def numerical_rank(s: Tensor, size: int) -> Tensor:
     """Returns how many of the descending singular values stand above rounding: s_i > ε √size · s_1.
 

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from dirmerge.arrays import of_any_kind
 from dirmerge.linalg._common import finite, working
 from dirmerge.linalg.orthogonal import orthogonality
 
 
+@of_any_kind
 def simplex_etf(
     k: int,
     d: int,
@@ -71,6 +73,7 @@ def simplex_etf(
     return vertices.to(dtype)
 
 
+@of_any_kind
 def etf_gap(vectors: Tensor) -> float:
     """Computes Δ_ETF = ‖Ĝ − G*‖_F / ‖G*‖_F, how far k vectors are from a simplex ETF.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dirmerge import ops
+from dirmerge.arrays import of_any_kind
 from dirmerge.linalg import minimax
 from dirmerge.linalg._common import eigh, finite, numerical_rank, working
 
@@ -47,6 +48,7 @@ class Polar:
     fallback: str | None
 
 
+@of_any_kind
 def polar(
     x: Tensor,
     method: PolarMethod = "auto",
@@ -144,6 +146,7 @@ class GramRoot:
     condition: float
 
 
+@of_any_kind
 def gram_root(x: Tensor) -> GramRoot | None:
     """Computes the roots of xᵀx in float64, or None where they would not serve float32 accuracy.
 
@@ -271,6 +274,7 @@ def _polynomial_of_gram(gram: Tensor, schedule: tuple[tuple[float, float, float]
     return product
 
 
+@of_any_kind
 def procrustes(a: Tensor, b: Tensor, *, special: bool = True) -> Tensor:
     """Computes the rotation R = argmin ‖a R − b‖_F over SO(d), or over O(d).
 

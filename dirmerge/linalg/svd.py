@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dirmerge import ops
+from dirmerge.arrays import of_any_kind
 from dirmerge.difference import Difference
 from dirmerge.linalg._common import eigh, finite, orthonormal, working
 from dirmerge.ops.delta_sketch import random_signs
@@ -54,12 +55,14 @@ class TruncatedSVD:
     gain: Tensor
 
     @property
+    @of_any_kind
     def energy(self) -> Tensor:
         """(...,) float64: captured energy Σ s² / ‖a‖²_F; 1 for a zero matrix."""
         captured = self.s.double().square().sum(-1)
         return torch.where(self.total > 0, (captured / self.total).clamp(max=1.0), torch.ones_like(captured))
 
     @property
+    @of_any_kind
     def residual(self) -> Tensor:
         """(...,) float64: ‖a − u s vᵀ‖_F, from ‖a‖²_F − Σ s² (accurate to about 3e-4 ‖a‖_F in float32)."""
         return (self.total - self.s.double().square().sum(-1)).clamp(min=0).sqrt()
@@ -76,6 +79,7 @@ class TruncatedSVD:
             self.power_iterations, self.gain,
         )  # fmt: skip
 
+    @of_any_kind
     def unbind(self) -> list[TruncatedSVD]:
         """Returns the decompositions of the first batch dimension, one by one."""
         parts = zip(self.u, self.s, self.v, self.total, self.gain, strict=True)
@@ -84,11 +88,13 @@ class TruncatedSVD:
             for u, s, v, total, gain in parts
         ]
 
+    @of_any_kind
     def dense(self) -> Tensor:
         """Returns (..., m, n): u diag(s) vᵀ."""
         return (self.u * self.s.unsqueeze(-2)) @ self.v.mT
 
 
+@of_any_kind
 def svd_truncated(
     a: Tensor | Difference,
     rank: int,
