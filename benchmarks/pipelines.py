@@ -5,7 +5,8 @@
     python -m benchmarks.pipelines memory          full fine-tunes of 4 and of 16 layers
     python -m benchmarks.pipelines full            DC-Merge of eight full fine-tunes of one matrix
 
-Each part keeps the results of the others in benchmarks/results/pipelines.json and writes the page anew.
+Each part keeps the results of the others in benchmarks/results/pipelines.json; `python -m benchmarks.report`
+renders the page.
 """
 
 from __future__ import annotations
@@ -373,7 +374,7 @@ def main() -> None:
     results["machine"] = machine()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(results))
+    print("python -m benchmarks.report renders the page")
 
 
 if __name__ == "__main__":

@@ -302,7 +302,8 @@ def procrustes(a: Tensor, b: Tensor, *, special: bool = True) -> Tensor:
         raise ValueError(f"a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     u, _, vh = torch.linalg.svd(a.double().mT @ b.double())
     if special:
-        sign = torch.linalg.det(u @ vh).sign()
+        # Not det, whose product of pivots can underflow where d is large.
+        sign = torch.linalg.slogdet(u @ vh).sign
         u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
     rotation: Tensor = u @ vh
     return rotation.to(torch.promote_types(a.dtype, b.dtype))
