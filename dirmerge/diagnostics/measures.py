@@ -86,26 +86,21 @@ def energy_directions(s: Tensor, share: float = 0.9, total: float | None = None)
 
 
 def energy_curve(s: Tensor, total: float | None = None) -> list[float]:
-    """Computes Σ_{i≤k} s_i² / ‖D‖²_F at k = 1, 2, 4, … up to the number of values.
+    """Computes Σ_{i≤k} s_i² / ‖D‖²_F at k = 1, 2, 4, … as far as there are values.
 
     Args:
         s: (k,) leading singular values, descending.
         total: ‖D‖²_F; default Σ s².
 
     Returns:
-        One share per power of two, and one for all values; empty for a zero matrix.
+        One share per power of two; empty for a zero matrix.
     """
     squares = s.double().square()
     whole = float(squares.sum()) if total is None else total
     if whole == 0 or len(s) == 0:
         return []
     sums = squares.cumsum(0) / whole
-    return [min(1.0, float(sums[k - 1])) for k in curve_positions(len(s))]
-
-
-def curve_positions(count: int) -> list[int]:
-    """Returns the k of `energy_curve`: 1, 2, 4, … below count, and count."""
-    return [*(1 << i for i in range(max(count - 1, 0).bit_length())), count]
+    return [min(1.0, float(sums[k - 1])) for k in (1 << i for i in range(len(s).bit_length()))]
 
 
 def stable_rank(s: Tensor, total: float | None = None) -> float:
