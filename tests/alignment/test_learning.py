@@ -256,6 +256,8 @@ def test_more_classes_than_a_simplex_holds():
     found = etf_targets(head, D + 2, D, nearest_polar=True)
     centred = head.weight - head.weight.mean(0)
     assert (torch.nn.functional.cosine_similarity(found, centred) > 0.5).all()
+    shifted = etf_targets(Head(head.weight + 3.0), D + 2, D, nearest_polar=True)
+    torch.testing.assert_close(shifted, found, rtol=0, atol=1e-4)  # what all classes share has no say
     largest = etf_targets(Head(head.weight[1:]), D + 1, D)
     assert etf_gap(largest.double().T) < 1e-6
 
@@ -271,6 +273,9 @@ def test_rotation_target_turns_class_means_and_little_else():
     found = rotation_target(means, targets, present, eye)
     torch.testing.assert_close((means - means.mean(0)) @ found, 0.7 * targets, rtol=0, atol=5e-3)
     assert torch.linalg.det(found) == pytest.approx(1)
+    some = torch.tensor([True, True, False])  # a class never predicted: what the others share has no say
+    partial = [rotation_target(means + shift, targets, some, eye) for shift in (0.0, 50.0)]
+    torch.testing.assert_close(*partial, rtol=0, atol=1e-8)
     # Any completion maps the means; the nearest one to R_0 leaves at least d − 4 directions alone.
     assert int((torch.linalg.svdvals(found - eye) < 1e-2).sum()) >= D - 4
 
