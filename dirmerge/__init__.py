@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dirmerge.alignment.run import align
     from dirmerge.api import merge, plan
     from dirmerge.backends import backend
+    from dirmerge.diagnostics import inspect
     from dirmerge.difference import Difference
     from dirmerge.lowrank import LowRank
     from dirmerge.methods import MergedDelta, merge_deltas
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "align",
     "backend",
+    "inspect",
     "merge",
     "merge_deltas",
     "plan",
@@ -33,6 +35,7 @@ _HOME = {
     "MergedDelta": "dirmerge.methods",
     "align": "dirmerge.alignment.run",
     "backend": "dirmerge.backends",
+    "inspect": "dirmerge.diagnostics",
     "merge": "dirmerge.api",
     "merge_deltas": "dirmerge.methods",
     "plan": "dirmerge.api",

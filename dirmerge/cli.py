@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dirmerge.alignment.run import AlignProgress, AlignResult
     from dirmerge.checkpoints.plan import Plan, TensorPlan
+    from dirmerge.diagnostics import Inspection
     from dirmerge.engine.result import MergeResult, Progress
 
 app = typer.Typer(
@@ -170,6 +171,46 @@ def align(
         with _align_bar() as update:
             result = run_align(recipe, out, overwrite=overwrite, state=state, progress=update)
         _print_alignment(result)
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or a folder that `merge` has written.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the report: one self-contained page.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
+) -> None:
+    """Measure a merge by its directions: task spaces, their conflicts, what the merged update keeps."""
+    with _errors(LogKind.text):
+        import torch
+
+        from dirmerge.diagnostics import inspect as run_inspect
+        from dirmerge.diagnostics import report
+
+        try:
+            # What cannot be written is told before the work.
+            report.check(html, as_json, overwrite=overwrite)
+        except ModuleNotFoundError as error:
+            typer.echo(f"the report needs {error.name}: pip install 'dirmerge[report]'", err=True)
+            raise typer.Exit(1) from error
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if quiet:
+            found = run_inspect(source)
+        else:
+            with _bar() as update:
+                found = run_inspect(source, progress=update)
+        report.write(found, html, as_json)
+        if not quiet:
+            _print_inspection(found, [path for path in (html, as_json) if path is not None])
 
 
 @app.command()
@@ -343,7 +384,9 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
                 description=step.phase,
                 completed=step.work,
                 tensors=f"{step.done}/{step.total}",
-                bytes=f"{_bytes(step.written_bytes)}/{_bytes(step.output_bytes)}",
+                bytes=(
+                    f"{_bytes(step.written_bytes)}/{_bytes(step.output_bytes)}" if step.output_bytes else ""
+                ),
             )
 
         yield update
@@ -428,6 +471,30 @@ def _print_summary(result: MergeResult) -> None:
     rows += [["note", note] for note in result.frequent_notes()]
     rows.append(["output", str(result.path)])
     console.print(_table("Merged", ["", ""], rows))
+
+
+def _print_inspection(found: Inspection, written: list[Path]) -> None:
+    from dirmerge.diagnostics.report import fixed, key_figures, number, share, short_names
+
+    console = _console()
+    rows = [
+        [
+            name,
+            number(task.norm),
+            fixed(task.directions_90, 1),
+            fixed(task.stable_rank, 1),
+            fixed(task.alignment),
+            f"{fixed(task.similarity_before)} → {fixed(task.similarity_after)}",
+            share(task.opposed),
+        ]
+        for name, task in zip(short_names(found.tasks), found.summary.tasks, strict=True)
+    ]
+    columns = ["task", "‖D‖", "σ for 90 %", "stable rank", "alignment", "DirSim sum → merged", "against sign"]
+    console.print(_table(f"{found.method}, {len(found.parameters)} matrices", columns, rows))
+    figures = [["scale", found.scale, ""], *([*figure] for figure in key_figures(found.summary))]
+    console.print(_table("Model", ["", "", ""], figures))
+    for path in written:
+        console.print(f"written {path}", markup=False, highlight=False)
 
 
 def _console() -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from dirmerge.diagnostics.result import Inspection, ModelSummary, Number, ParameterInspection, summarise
+from dirmerge.errors import OutputError
 
 # Above so many matrices the maps show layers, means over their matrices; the table has every matrix.
 ROWS_OF_MATRICES = 72
@@ -90,6 +93,54 @@ class Panel:
     show: Callable[[float], str] = lambda value: f"{100 * value:.0f}"
     low: float | None = None
     high: float | None = None
+
+
+def check(html: Path | None, json_path: Path | None, *, overwrite: bool) -> None:
+    """Checks, before the work, that a report can be written.
+
+    Args:
+        html: the page to write, None for none.
+        json_path: the JSON file to write, None for none.
+        overwrite: whether files that exist may be replaced.
+
+    Raises:
+        OutputError: a file exists, is a folder, or its folder does not exist; both are one file.
+        ModuleNotFoundError: jinja2 is missing, which the extra `report` brings.
+    """
+    paths = [path for path in (html, json_path) if path is not None]
+    for path in paths:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path}: exists; choose another file or pass --overwrite")
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path}: its folder does not exist")
+    if len(paths) == 2 and paths[0].absolute() == paths[1].absolute():
+        raise OutputError(f"{html}: is given for both the page and the JSON")
+    if html is not None:
+        importlib.import_module("jinja2")
+
+
+def write(inspection: Inspection, html: Path | None = None, json_path: Path | None = None) -> None:
+    """Writes the page and the figures; each file appears complete or not at all.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    if html is not None:
+        _write(html, to_html(inspection))
+    if json_path is not None:
+        _write(json_path, json.dumps(inspection.to_dict(), indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def to_html(inspection: Inspection) -> str:
@@ -320,7 +371,7 @@ def _content(found: Inspection) -> dict[str, Any]:
         ),
         "names": names,
         "labels": [_clean(label) for label in found.tasks],
-        "tiles": _tiles(summary),
+        "tiles": key_figures(summary),
         "energy": energy_chart(names, [task.energy_curve for task in summary.tasks]),
         "sums": accumulation_chart(
             _mean_ratios(p.accumulation for p in found.parameters),
@@ -332,7 +383,7 @@ def _content(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _tiles(summary: ModelSummary) -> list[tuple[str, str, str]]:
+def key_figures(summary: ModelSummary) -> list[tuple[str, str, str]]:
     """Returns name, figure and context of the key figures."""
     before = _mean([task.similarity_before for task in summary.tasks])
     after = _mean([task.similarity_after for task in summary.tasks])
@@ -476,7 +527,8 @@ def _table(parameters: Sequence[ParameterInspection]) -> dict[str, Any]:
         known = [value for value in column if value is not None]
         scales.append((min(known, default=0.0), max(known, default=1.0)))
     rows = []
-    for parameter, values in zip(parameters, figures, strict=True):
+    names = short_parameters([parameter.name for parameter in parameters])
+    for name, parameter, values in zip(names, parameters, figures, strict=True):
         cells = []
         for value, (_, ramp, show), (low, high) in zip(values, _COLUMNS, scales, strict=True):
             fill = PAPER
@@ -485,7 +537,8 @@ def _table(parameters: Sequence[ParameterInspection]) -> dict[str, Any]:
                 fill = colour(0.6 * (value - low) / (high - low), ramp)
             cells.append(("–" if value is None else show(value), fill, ink_on(fill)))
         shape = " × ".join(str(size) for size in parameter.shape)
-        rows.append((_clean(parameter.name), shape, cells, [_clean(note) for note in parameter.notes]))
+        title = " · ".join([parameter.name, *parameter.notes])
+        rows.append((_clean(name), _clean(title), shape, cells, bool(parameter.notes)))
     return {"heads": [name for name, _, _ in _COLUMNS], "rows": rows}
 
 
