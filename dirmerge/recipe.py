@@ -336,7 +336,8 @@ class Recipe(_Strict):
     """A merge: the base, the fine-tunes, the method and its parameters.
 
     `dtype` is the dtype of the output when `out_dtype` is not given, as in mergekit; arithmetic is always
-    float32 (float64 for float64 models).
+    float32 (float64 for float64 models). `align` holds the unlabelled data of `dirmerge align`; a plain merge
+    leaves it alone.
     """
 
     merge_method: str
