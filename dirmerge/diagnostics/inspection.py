@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,23 +82,20 @@ def inspect(
     started = time.perf_counter()
     gaps = {name: etf_gap(vectors) for name, vectors in (class_means or {}).items()}
     folder = _folder(source)
+    manifest: dict[str, Any] = {}
     if folder is None:
         plan = make_plan(Recipe.load(source))
-        updates: _Updates = _Computed(plan)
-        scale = plan.scale.describe()
     else:
         manifest, plan = _open_finished(folder)
-        updates = _Written(folder, plan)
-        scale = _scale_text(manifest)
-    try:
-        run = _Inspector(plan, updates, progress)
-        parameters = run.parameters()
+    with closing(plan):
         if folder is None:
-            parameters, alignment = _with_scale(plan, parameters)
-            scale += alignment
-    finally:
-        updates.close()
-        plan.close()
+            parameters = _Inspector(plan, _Computed(plan), progress).parameters()
+            parameters, found = _with_scale(plan, parameters)
+            scale = f"{plan.scale.describe()}: {found}"
+        else:
+            with closing(_Written(folder, plan)) as written:
+                parameters = _Inspector(plan, written, progress).parameters()
+            scale = _scale_text(manifest)
     rules: Counter[str] = Counter(tensor.rule for tensor in plan.tensors if not _is_inspected(tensor))
     return Inspection(
         dirmerge=__version__,
@@ -140,9 +138,6 @@ class _Updates(Protocol):
     ) -> tuple[Delta, Factors | None, list[str]]:
         """Return a matrix's merged update, the task factors met on the way, and notes."""
 
-    def close(self) -> None:
-        """Close what is open."""
-
 
 class _Computed:
     """Merged updates computed by the recipe's method, without λ."""
@@ -155,9 +150,6 @@ class _Computed:
     ) -> tuple[Delta, Factors | None, list[str]]:
         merged = merge_tasks(tasks, self.plan.method.name, weights, tensor.options, seed)
         return merged.value, merged.factors, [*merged.record.fallbacks, *merged.record.notes]
-
-    def close(self) -> None:
-        pass
 
 
 class _Written:
@@ -192,6 +184,7 @@ class _Written:
         return Difference(written, base).dense(), None, []
 
     def close(self) -> None:
+        """Close the folder's files."""
         if self._checkpoint is not None:
             self._checkpoint.close()
 
@@ -456,4 +449,4 @@ def _with_scale(plan: Plan, parameters: _Parameters) -> tuple[_Parameters, str]:
     scaled = [(tensor, parameter.scaled(scale(tensor))) for tensor, parameter in parameters]
     values = sorted({parameter.scale for _, parameter in scaled})
     text = f"λ = {values[0]:.4g}" if len(values) == 1 else f"λ from {values[0]:.4g} to {values[-1]:.4g}"
-    return scaled, f": {text}"
+    return scaled, text

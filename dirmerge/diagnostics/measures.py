@@ -262,11 +262,13 @@ class Response:
         diagonal: (K,) float64 u_iᵀ D v_i.
         right: (K,) float64 ‖D v_i‖.
         left: (K,) float64 ‖Dᵀ u_i‖.
+        floor: ε √max(m, n) ‖D‖_F, below which a norm is rounding.
     """
 
     diagonal: Tensor
     right: Tensor
     left: Tensor
+    floor: float
 
 
 def response(delta: Delta, u: Tensor, v: Tensor) -> Response:
@@ -279,12 +281,14 @@ def response(delta: Delta, u: Tensor, v: Tensor) -> Response:
     """
     if isinstance(delta, LowRank):
         a, b = delta.folded()
-        forward, backward = a @ (b.mT @ v), b @ (a.mT @ u)
+        forward, backward, size = a @ (b.mT @ v), b @ (a.mT @ u), delta.norm()
     else:
         forward, backward = delta @ v, delta.mT @ u
+        size = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
     diagonal = (u * forward).sum(0, dtype=torch.float64)
     right, left = (torch.linalg.vector_norm(x, dim=0, dtype=torch.float64) for x in (forward, backward))
-    return Response(diagonal, right, left)
+    floor = torch.finfo(forward.dtype).eps * math.sqrt(max(len(u), len(v))) * size
+    return Response(diagonal, right, left, floor)
 
 
 def directional_similarity(found: Response, block: slice) -> float:
@@ -304,7 +308,7 @@ def directional_similarity(found: Response, block: slice) -> float:
     """
     diagonal = found.diagonal[block]
     cosines = [
-        torch.where(norms > 0, diagonal / norms.where(norms > 0, torch.ones_like(norms)), 0.0)
+        torch.where(norms > found.floor, diagonal / norms, 0.0)
         for norms in (found.right[block], found.left[block])
     ]
     return float((cosines[0] + cosines[1]).mean()) / 2
