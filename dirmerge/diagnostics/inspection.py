@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.adapters import open_adapter
+from dirmerge.checkpoints.adapters import is_adapter, open_adapter
 from dirmerge.checkpoints.card import MANIFEST
 from dirmerge.checkpoints.plan import Plan, Source, TensorPlan
 from dirmerge.checkpoints.planner import make_plan
-from dirmerge.checkpoints.reader import open_checkpoint
+from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_json_object
 from dirmerge.checkpoints.writer import sha256_file
 from dirmerge.diagnostics import measures
@@ -84,7 +84,8 @@ def inspect(
     folder = _folder(source)
     manifest: dict[str, Any] = {}
     if folder is None:
-        plan = make_plan(Recipe.load(source))
+        recipe = Recipe.load(source)
+        plan = make_plan(recipe, as_adapter=_needs_no_base(recipe))
     else:
         manifest, plan = _open_finished(folder)
     with closing(plan):
@@ -123,6 +124,14 @@ def _folder(source: object) -> Path | None:
         return None
     path = Path(source).expanduser()
     return path if path.is_dir() else None
+
+
+def _needs_no_base(recipe: Recipe) -> bool:
+    """Whether a recipe without a base merges adapters alone, whose updates stand for themselves."""
+    sources = [entry.model.source for entry in recipe.models]
+    return recipe.base is None and all(
+        isinstance(source, str) and is_adapter(resolve(source)) for source in sources
+    )
 
 
 def _is_inspected(tensor: TensorPlan) -> bool:
