@@ -23,7 +23,7 @@ BROWN = ("#fff8ee", "#fde3c2", "#fbc38a", "#f2975a", "#d66a2c", "#a84312", "#6b2
 # Okabe and Ito's palette without its yellow, which white paper swallows; dashes tell the rest apart.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
-INK, PAPER, FAINT = "#1a202c", "#ffffff", "#718096"
+INK, PAPER, FAINT = "#1a202c", "#ffffff", "#5f6b7c"
 
 
 @dataclass(frozen=True)
@@ -222,12 +222,12 @@ def colour(position: float, ramp: Sequence[str]) -> str:
 
 
 def ink_on(fill: str) -> str:
-    """Returns white or near-black, whichever has the higher contrast on a colour (WCAG luminance)."""
+    """Returns white or black, whichever has the higher contrast on a colour: at least 4.5 (WCAG AA)."""
     linear = [
         v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in _rgb(fill))
     ]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return PAPER if (1.05 / (luminance + 0.05)) > ((luminance + 0.05) / 0.06) else INK
+    return PAPER if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def _rgb(text: str) -> tuple[int, int, int]:
