@@ -156,6 +156,28 @@ def test_equal_and_absent_tasks(models):
     assert found.summary.tasks[2].similarity_after is not None
 
 
+@pytest.mark.parametrize("names", ["abc", "xyz"])
+def test_weights_count_in_norms_signs_and_sums(models, names):
+    folder, all_deltas = models
+    weights = [2.0, 0.5, -1.0]
+    plain = recipe(folder, names, "task_arithmetic", scale=1.0)
+    for entry, weight in zip(plain["models"], weights, strict=True):
+        entry["parameters"] = {"weight": weight}
+    parameter = of(inspect(plain))
+    deltas = [w * all_deltas[name][NAME] for name, w in zip(names, weights, strict=True)]
+    norms = [float(delta.norm()) for delta in deltas]
+    assert [task.norm for task in parameter.tasks] == pytest.approx(norms, rel=1e-4)
+    signs = measures.sign_conflicts([torch.stack(deltas)])
+    assert parameter.sign_conflict == pytest.approx(signs.share, abs=1e-3)
+    assert [task.opposed for task in parameter.tasks] == pytest.approx(signs.opposed_by_task, rel=1e-3)
+    total = torch.linalg.svdvals(sum(deltas))
+    sums = measures.accumulation(total, [torch.linalg.svdvals(delta) for delta in deltas])
+    assert parameter.accumulation == pytest.approx(sums[: len(parameter.accumulation)], rel=1e-4)
+    assert parameter.accumulation_merged == pytest.approx(parameter.accumulation, rel=1e-5)
+    for task in parameter.tasks:  # the merged update is the plain sum
+        assert task.similarity_after == pytest.approx(task.similarity_before, abs=1e-6)
+
+
 def test_a_task_that_changes_nothing_has_no_directions(models):
     folder, _ = models
     shutil.copytree(folder / "base", folder / "still", dirs_exist_ok=True)
