@@ -496,7 +496,7 @@ def _layer_maps(found: Inspection, names: Sequence[str]) -> dict[str, Any]:
         [
             Panel("Against the sum's sign, %", values("opposed"), BROWN),
             Panel("Singular values for 90 %", values("directions_90"), BLUE, _count),
-            Panel("Stable rank", values("stable_rank"), BLUE, lambda value: f"{value:.1f}"),
+            Panel("Stable rank", values("stable_rank"), BLUE, _short),
         ],
     )
     return {"directions": directions, "tasks": tasks, "by": "matrix" if is_by_matrix else "layer"}
@@ -532,7 +532,7 @@ def _table(parameters: Sequence[ParameterInspection]) -> dict[str, Any]:
         cells = []
         for value, (_, ramp, show), (low, high) in zip(values, _COLUMNS, scales, strict=True):
             fill = PAPER
-            if ramp is not None and value is not None and high > low:
+            if ramp is not None and value is not None and high - low > 0.005 * max(abs(low), abs(high)):
                 # The darkest colours are left to the maps: a table is for reading.
                 fill = colour(0.6 * (value - low) / (high - low), ramp)
             cells.append(("–" if value is None else show(value), fill, ink_on(fill)))
@@ -543,6 +543,8 @@ def _table(parameters: Sequence[ParameterInspection]) -> dict[str, Any]:
 
 
 def _figures(p: ParameterInspection) -> list[Number]:
+    if not p.is_changed:
+        return [p.scale] + [None] * (len(_COLUMNS) - 1)
     tasks = [task for task in p.tasks if task is not None]
     return [
         p.scale,
@@ -578,6 +580,10 @@ def _mean(values: Sequence[Number]) -> Number:
 
 def _count(value: float) -> str:
     return f"{value:.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def _cut(text: str, most: int) -> str:

@@ -104,6 +104,11 @@ class ParameterInspection(_Data):
     merged_stable_rank: float
     notes: list[str]
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether any task changes the matrix."""
+        return any(task is not None and task.norm > 0 for task in self.tasks)
+
     def scaled(self, factor: float) -> ParameterInspection:
         """Returns what holds for factor · D: alignments, norm and singular values follow."""
         sign = (factor > 0) - (factor < 0)
@@ -130,7 +135,7 @@ class ParameterInspection(_Data):
 
 
 class TaskSummary(_Data):
-    """One task over the whole model: means over the matrices, sums first for the alignment.
+    """One task over the whole model: means over the matrices it changes, sums first for the alignment.
 
     Attributes:
         norm: ‖w_t D_t‖_F over all matrices.
@@ -154,7 +159,7 @@ class TaskSummary(_Data):
 
 
 class ModelSummary(_Data):
-    """The whole model: means over the matrices, sums first for alignment and signs.
+    """The whole model: means over the matrices that a task changes, sums first for alignment and signs.
 
     Attributes:
         tasks: one per task.
@@ -256,6 +261,7 @@ def summarise(parameters: Sequence[ParameterInspection], count: int) -> ModelSum
         parameters: at least one matrix.
         count: T.
     """
+    parameters = [parameter for parameter in parameters if parameter.is_changed]
     entries = [math.prod(p.shape) for p in parameters]
     left, right = (_mean_pairs([getattr(p, side) for p in parameters], count) for side in ("left", "right"))
     return ModelSummary(
@@ -282,7 +288,7 @@ def summarise(parameters: Sequence[ParameterInspection], count: int) -> ModelSum
 
 
 def _task_summary(found: Sequence[TaskInspection | None]) -> TaskSummary:
-    tasks = [task for task in found if task is not None]
+    tasks = [task for task in found if task is not None and task.norm > 0]
     known = [task.directions_90 for task in tasks if task.directions_90 is not None]
     curves = [task.energy_curve for task in tasks if task.energy_curve]
     length = min((len(curve) for curve in curves), default=0)

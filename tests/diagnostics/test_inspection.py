@@ -185,11 +185,29 @@ def test_a_task_that_changes_nothing_has_no_directions(models):
     task = of(found).tasks[2]
     assert (task.norm, task.directions, task.directions_90, task.alignment) == (0, 0, 0, None)
     assert of(found).left.overlap[2] == [None] * 3
+    assert found.summary.tasks[2].stable_rank is None
     nothing = inspect(recipe(folder, ["still", "still"], scale=1.0))
+    assert nothing.summary.sign_conflict is None
     assert of(nothing).alignment is None
     assert of(nothing).interference is None
     assert nothing.summary.alignment is None
     assert Inspection.from_dict(nothing.to_dict()) == nothing
+
+
+def test_matrices_that_no_task_changes_do_not_count_in_means(models, tmp_path):
+    folder, _ = models
+    for name in "ab":
+        state = tiny_state("ab".index(name) + 1, base=BASE)
+        write_model(tmp_path / name, {k: BASE[k] if "mlp" in k else v for k, v in state.items()})
+    found = inspect(recipe(folder, [str(tmp_path / name) for name in "ab"], scale=1.0))
+    changed = [parameter for parameter in found.parameters if "mlp" not in parameter.name]
+    assert [parameter.is_changed for parameter in found.parameters] == [
+        p in changed for p in found.parameters
+    ]
+    expected = sum(parameter.sign_conflict for parameter in changed) / len(changed)
+    assert found.summary.sign_conflict == pytest.approx(expected)
+    expected = sum(parameter.tasks[0].stable_rank for parameter in changed) / len(changed)
+    assert found.summary.tasks[0].stable_rank == pytest.approx(expected)
 
 
 def test_signs_by_blocks_of_rows_and_spectra_of_large_matrices(models, monkeypatch):
