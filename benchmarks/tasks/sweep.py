@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "iso_c": ("iso_c", {}),
     "iso_cts": ("iso_cts", {}),
     "dc_merge": ("dc_merge", {}),
+    "whitened": ("whitened", {}),
 }
 # WUDI by Adam makes adapters dense and takes a hundred times longer than its exact minimiser.
 ADAPTER_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
