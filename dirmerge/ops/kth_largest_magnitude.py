@@ -6,7 +6,7 @@ import torch
 
 from dirmerge import cuda
 from dirmerge.backends import implements, native
-from dirmerge.ops._registration import check_floating, register, view
+from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
 def _check(x: torch.Tensor, k: int) -> None:
@@ -32,12 +32,13 @@ def _kth_largest_magnitude_torch(x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.kthvalue(magnitudes, magnitudes.shape[1] - k + 1, dim=1).values
 
 
-@implements("kth_largest_magnitude", "native", devices=("cpu",), dtypes=(torch.float32, torch.float64))
+@implements("kth_largest_magnitude", "native", devices=("cpu",))
 def _kth_largest_magnitude_native(x: torch.Tensor, k: int) -> torch.Tensor:
-    x = x.contiguous()
-    result = x.new_empty(x.shape[0])
-    native().kth_largest_magnitude(view(x), k, view(result), torch.get_num_threads())
-    return result
+    # Widening keeps order and value, so that 16-bit entries need no kernel of their own.
+    value = x.to(compute_dtype(x)).contiguous()
+    result = value.new_empty(x.shape[0])
+    native().kth_largest_magnitude(view(value), k, view(result), torch.get_num_threads())
+    return result.to(x.dtype)
 
 
 implements("kth_largest_magnitude", "native", devices=("cuda",))(cuda.kth_largest_magnitude)
