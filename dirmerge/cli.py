@@ -50,6 +50,9 @@ class LogKind(str, enum.Enum):
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file, mergekit's schema and our keys.")
 ]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")]
 AsKind = Annotated[OutputKind, typer.Option("--as", help="Write a model, or a PEFT adapter (from adapters).")]
 Rank = Annotated[
     int | None, typer.Option("--rank", min=1, help="Rank of the adapter written; default Σ r_t.")
@@ -96,17 +99,15 @@ def plan(
 @app.command()
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")],
+    out: Out,
     kind: AsKind = OutputKind.model,
     rank: Rank = None,
     shard_size: Annotated[
         str | None,
         typer.Option("--shard-size", help="Largest weight file, such as 5GB; default the recipe's."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
-    ] = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
     log: Log = LogKind.text,
 ) -> None:
     """Merge the models of a recipe into one folder."""
@@ -145,15 +146,13 @@ def merge(
 @app.command()
 def align(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")],
+    out: Out,
     state: Annotated[
         Path | None,
         typer.Option("--state", help="File (.safetensors) from which an interrupted learning goes on."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
-    ] = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
     log: Log = LogKind.text,
 ) -> None:
     """Merge, and align every task's features with unlabelled data: one backbone, a head per task."""
@@ -183,9 +182,7 @@ def inspect(
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")
-    ] = None,
+    threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
 ) -> None:
     """Measure a merge by its directions: task spaces, their conflicts, what the merged update keeps."""
