@@ -159,7 +159,7 @@ class LowRank:
             u, s, vh = torch.linalg.svd(middle, full_matrices=False)
             left, right = times_left(u).to(work), times_right(vh.mT).to(work)
         total = s.square().sum()
-        gain = torch.zeros((), dtype=torch.float64)
+        gain = torch.zeros_like(total)
         return TruncatedSVD(left, s.to(work), right, total, "exact", 0, gain)
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:

@@ -82,7 +82,7 @@ def numerical_rank(s: Tensor, size: int) -> Tensor:
         (...,) int64.
     """
     if s.shape[-1] == 0:
-        return torch.zeros(s.shape[:-1], dtype=torch.int64)
+        return torch.zeros(s.shape[:-1], dtype=torch.int64, device=s.device)
     cutoff = torch.finfo(s.dtype).eps * math.sqrt(size) * s[..., :1]
     return (s > cutoff).sum(-1)
 

@@ -57,7 +57,7 @@ def simplex_etf(
             raise ValueError("seed makes a random frame, so it must be None when a frame is given")
         if float(orthogonality(frame.double())) > 1e-3:
             raise ValueError("frame must have orthonormal columns")
-        return (frame.double() @ centred).to(dtype)
+        return (frame.double() @ centred.to(frame.device)).to(dtype)
     # k vertices span k − 1 dimensions: coordinates on an orthonormal basis of 1⊥ serve every d ≥ k − 1.
     basis = torch.linalg.qr(centred[:, : k - 1]).Q
     coordinates: Tensor = basis.T @ centred
@@ -100,5 +100,5 @@ def etf_gap(vectors: Tensor) -> float:
     if bool((norms == 0).any()):
         raise ValueError("vectors must differ from their mean: a centred vector is zero")
     x = x / norms
-    ideal = (k * torch.eye(k, dtype=torch.float64) - 1) / (k - 1)
+    ideal = (k * torch.eye(k, dtype=torch.float64, device=x.device) - 1) / (k - 1)
     return float(torch.linalg.matrix_norm(x.T @ x - ideal) / torch.linalg.matrix_norm(ideal))

@@ -141,5 +141,5 @@ def balanced(s: Tensor, smoothing: Literal["none", "average", "linear"], rho: fl
     if smoothing == "average":
         return s.mean().expand_as(s)
     ratio = min(rho, float(s[0] / s[-1]))
-    line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype)
+    line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype, device=s.device)
     return line * (s.sum() / line.sum())

@@ -41,7 +41,7 @@ def ties(
         Yadav et al., TIES-Merging, NeurIPS 2023.
     """
     first = tasks.dense(0)
-    stack = torch.empty((len(tasks), *first.shape), dtype=first.dtype)
+    stack = first.new_empty((len(tasks), *first.shape))
     stack[0] = first
     del first
     for t in range(1, len(tasks)):

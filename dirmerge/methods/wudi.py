@@ -138,7 +138,7 @@ def _exact_low_rank(tasks: Tasks, weights: list[float], cutoff: float, record: M
         pairs.append(delta.folded())
     frame = torch.linalg.qr(torch.cat([right for _, right in pairs], dim=1)).Q
     k = frame.shape[1]
-    gram = torch.zeros(k, k, dtype=torch.float64)
+    gram = torch.zeros(k, k, dtype=torch.float64, device=frame.device)
     cores = []
     for t, ((left, right), weight) in enumerate(zip(pairs, weights, strict=True)):
         coordinates = (right.mT @ frame).double()
