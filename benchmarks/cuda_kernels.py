@@ -205,7 +205,8 @@ def compile_nvrtc(op: str, arch: str, kernels: tuple[str, ...]) -> dict[str, str
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", f"-I{SOURCES}".encode()]
     code = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * int(str(checked(nvrtc.nvrtcGetProgramLogSize(program))))
+        # One byte more: Python has a single object for every one-byte string, and NVRTC writes into it.
+        log = b" " * (1 + int(str(checked(nvrtc.nvrtcGetProgramLogSize(program)))))
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(f"{op} for {arch}: {log.decode()}")
     cubin = b" " * int(str(checked(nvrtc.nvrtcGetCUBINSize(program))))
