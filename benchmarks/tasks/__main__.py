@@ -1,6 +1,6 @@
 """Trains every fine-tune, merges them by every method, scans λ on validation texts, reads the test once.
 
-python -m benchmarks.tasks [--kinds lora full] [--seeds 0 1 2] [--set pypi|debian] …
+python -m benchmarks.tasks [--kinds lora full] [--seeds 0 1 2] [--set pypi|debian] [--study frames] …
 
 Everything is kept in the cache folder (DIRMERGE_CACHE) and what is there is not computed again, so an
 interrupted run goes on where it stopped. The tables of all runs in the cache go to
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from benchmarks.tasks import debian, report
 from benchmarks.tasks.sweep import (
     ADAPTER_VARIANTS,
+    STUDIES,
     VARIANTS,
     FineTunes,
     evaluate,
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", help="only these rows of the tables; default all")
+    parser.add_argument("--study", choices=STUDIES, help="these settings instead of the tables' methods")
     parser.add_argument("--validation-texts", type=int, default=120, help="per task, for the scan of λ")
     parser.add_argument("--test-texts", type=int, default=600, help="per task")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -108,6 +110,8 @@ def _measure(
 
     own = _once(folder / "own.json", lambda: _own(model, base, finetunes, validation, test, bf16))
     variants = ADAPTER_VARIANTS if kind == "lora" else VARIANTS
+    if arguments.study is not None:
+        variants = STUDIES[arguments.study][kind]
     for name in arguments.methods or variants:
         method, options = variants[name]
 

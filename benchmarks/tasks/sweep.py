@@ -36,6 +36,28 @@ ADAPTER_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "wudi (exact)": ("wudi", {"solver": "exact"}),
     "dc_merge (linear)": ("dc_merge", {"smoothing": "linear"}),
 }
+# What other settings of a method would do; `--study` runs them beside the tables' rows. Multiples of the rank
+# as keep: entries per task over d², d = 384 and r = 48 for most full matrices, 128 and 16 for adapters.
+STUDIES: dict[str, dict[str, dict[str, tuple[str, dict[str, object]]]]] = {
+    "frames": {
+        kind: {f"mda {frame}": ("mda", {"frame": frame}) for frame in ("blocks", "canonical", "random")}
+        for kind in ("full", "lora")
+    },
+    "keep": {
+        kind: {f"dc_merge keep {k}r": ("dc_merge", {"keep": k * r / d**2}) for k in (1, 3, 10, 30)}
+        for kind, r, d in (("full", 48, 384), ("lora", 16, 128))
+    },
+    "whitened": {
+        kind: {
+            f"whitened {a} {b} {ridge}": (
+                "whitened",
+                {"left_exponent": a, "right_exponent": b, "ridge": ridge},
+            )
+            for a, b, ridge in ((1.0, 1.0, 0.03), (1.5, 1.5, 0.0), (1.5, 1.5, 0.03), (2.0, 2.0, 0.1))
+        }
+        for kind in ("full", "lora")
+    },
+}
 # Scales are scanned as alignment targets a(λD): raw λ of equal quality differ tenfold between methods.
 TARGETS = {
     "lora": (0.06, 0.09, 0.13, 0.18, 0.24, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75),

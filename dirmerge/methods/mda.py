@@ -38,7 +38,7 @@ def mda(
     *,
     rank: Rank | None = None,
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None,
-    frame: Literal["shared", "canonical", "random"] = "shared",
+    frame: Literal["shared", "blocks", "canonical", "random"] = "shared",
     svd: SVDMethod = "auto",
     svd_tolerance: Tolerance = 1e-2,
     seed: int = 0,
@@ -56,8 +56,9 @@ def mda(
         rank: directions kept per task, in place of `fraction`.
         fraction: directions kept per task as a fraction of m; default 1/T, an adapter's own rank. Both are
             capped at min(m, n) and ⌊m/T⌋, above which the frame has no room.
-        frame: "shared" (Q), "canonical" (I_m) or "random" (Haar, K columns, by `seed`). The published text
-            does not fix it.
+        frame: "shared" (Q), "blocks" (Q with one vertex per task: the T row blocks of the core are centred
+            across tasks; needs equal ranks), "canonical" (I_m) or "random" (Haar, K columns, by `seed`). The
+            published text does not fix it.
         svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD and of the random frame.
@@ -94,6 +95,16 @@ def mda(
     if frame == "shared":
         core = etf_project(torch.diag(s)) * signs * signs.unsqueeze(1)
         merged = between(left, core, right)
+    elif frame == "blocks":
+        count = len(factors.ranks)
+        if len(set(factors.ranks)) > 1:
+            raise ValueError(
+                f"mda: frame='blocks' needs equal ranks, got {factors.ranks}: set rank, or use another frame"
+            )
+        core = torch.diag(s)
+        if count > 1:
+            core = etf_project(core.view(count, -1)).view(k, k)
+        merged = between(left, core * signs * signs.unsqueeze(1), right)
     elif frame == "canonical":
         merged = LowRank(etf_project(left.frame() * s), None, right.frame())
     else:

@@ -341,6 +341,28 @@ def test_float32_follows_float64_and_inputs_survive(method, generator):
     assert float((views - single).norm() / single.norm()) < tolerance
 
 
+def test_mda_with_one_vertex_per_task_centres_the_blocks(generator):
+    deltas, r, count = dense(generator), 5, 3
+    merged = dirmerge.merge_deltas(deltas, "mda", frame="blocks", rank=r).dense()
+    parts = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
+    us, vs = [], []
+    for u, _, vh in parts:
+        turn = u[:, :r].gather(0, u[:, :r].abs().argmax(0, keepdim=True)).sign()
+        us.append(u[:, :r] * turn)
+        vs.append(vh[:r].mT * turn)
+    q, v = polar(torch.cat(us, 1)), polar(torch.cat(vs, 1))
+    # M = F ⊗ I_r for the simplex ETF F of T vertices: G = Q (T/(T−1) (I − 11ᵀ/T) ⊗ I) Qᵀ.
+    etf = (torch.eye(count, dtype=torch.float64) - 1 / count) * count / (count - 1)
+    operator = torch.kron(etf, torch.eye(r, dtype=torch.float64))
+    s = torch.cat([s[:r] for _, s, _ in parts])
+    assert torch.allclose(merged, q @ operator @ torch.diag(s) @ v.mT, atol=1e-10)
+    unequal = adapters(generator, ranks=(3, 2, 3))
+    with pytest.raises(ValueError, match="needs equal ranks"):
+        dirmerge.merge_deltas(unequal, "mda", frame="blocks")
+    single = dirmerge.merge_deltas(deltas[:1], "mda", frame="blocks", rank=r).dense()
+    assert torch.allclose(single, (parts[0][0][:, :r] * parts[0][1][:r]) @ parts[0][2][:r], atol=1e-10)
+
+
 def test_a_frame_that_stays_a_product_gives_the_same_update(generator, monkeypatch):
     """Nearly orthogonal bases: U (G^(−1/2) M G^(−1/2)) Vᵀ equals the form with its frames multiplied out."""
     from dirmerge.methods import common
