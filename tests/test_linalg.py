@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dirmerge import linalg
 from dirmerge.linalg import minimax
+from dirmerge.linalg.orthogonal import GRAM_SPLIT
 
 
 def spectrum(name: str, p: int) -> Tensor:
@@ -330,6 +331,29 @@ def test_gram_form_of_the_polar_factor_is_as_accurate_as_the_svd(m, shared, gene
     for other in (huge, tiny):
         assert other.method == "gram"
         assert float((other.q - found.q).norm()) <= 4 * own + 1e-5
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("m", [300, 500])
+def test_gram_form_of_the_polar_factor_is_orthonormal_down_to_the_last_direction(m, complete, generator):
+    small = torch.tensor([3e-2, 1e-2, 1e-3, 1e-4, 3e-5, 1.2e-5, 6e-6, 4e-6]).double()
+    # Equal values where the columns are split into those that the Gram matrix resolves and the others.
+    equal = torch.full((60,), 2 * GRAM_SPLIT, dtype=torch.float64)
+    s = torch.cat([torch.linspace(2, 0.1, 232, dtype=torch.float64), equal, small])
+    truth = matrix(m, 300, s, generator)
+    found = linalg.polar(truth.float(), "exact", complete=complete)
+    assert found.method == "gram"
+    assert int(found.rank) in (298, 299, 300)  # ε √m s_1 is 4e-6 and 5e-6
+    gram = found.q.double().mT @ found.q.double()
+    values = torch.linalg.eigvalsh(gram)
+    missing = 0 if complete else 300 - int(found.rank)
+    assert float((values[missing:] - 1).abs().max()) < 3e-5
+    assert float(values[:missing].abs().sum()) < 1e-5
+    # Off the ill-determined directions the factor is right: they are off by ε over their singular value.
+    u, _, vh = torch.linalg.svd(truth, full_matrices=False)
+    sure = s > 1e-2
+    projected = u[:, sure].mT @ found.q.double() @ vh[sure].mT
+    assert float((projected - torch.eye(int(sure.sum()))).abs().max()) < 2e-5
 
 
 def test_gram_form_of_the_polar_factor_of_dependent_columns(generator):

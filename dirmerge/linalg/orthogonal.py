@@ -25,6 +25,8 @@ GRAM_DOUBLE_UP_TO = 256
 GRAM_FROM = 128
 # Relative singular value that separates, in float32, what the Gram matrix resolves from what it does not.
 GRAM_SPLIT = 0.03
+# Difference of two squared column norms, relative to those at the split, below which they count as equal.
+GRAM_NEAR = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,25 +218,29 @@ def _polar_gram(x: Tensor, complete: bool) -> tuple[Tensor, int]:
     gram = ops.gram(w)
     squares = gram.diagonal()
     w_small, w, v_small, v_large = w[:, :small], w[:, small:], v[:, :small], v[:, small:]
-    rank = x.shape[-1]
-    n_small = w_small
     if small:
-        turn = gram[small:, :small] / (squares[small:, None] - squares[None, :small])
+        # Between columns of nearly the same norm a turn would be large, and nothing depends on it.
+        gap = squares[small:, None] - squares[None, :small]
+        turn = gram[small:, :small] * gap / (gap.square() + (GRAM_NEAR * values[small]).square())
         w_small, w = w_small - w @ turn, torch.addmm(w, w_small, turn.mT)
         v_small, v_large = v_small - v_large @ turn, torch.addmm(v_large, v_small, turn.mT)
-        basis, r = torch.linalg.qr(w_small)
-        u, s, zh = torch.linalg.svd(r)
-        cutoff = torch.finfo(x.dtype).eps * math.sqrt(x.shape[-2]) * squares.max().sqrt()
-        rank -= int((s <= cutoff).sum())
-        if not complete:
-            u = u * (s > cutoff)
-        n_small, v_small = basis @ u, v_small @ zh.mT
     d = squares[small:].sqrt()
     error = gram[small:, small:] / d / d.unsqueeze(1)
     error.diagonal().sub_(1)
     n = w / d
     n = torch.addmm(n, n, error * (d.unsqueeze(1) / (d + d.unsqueeze(1))), alpha=-1)
-    return torch.addmm(n_small @ v_small.mT, n, v_large.mT), rank
+    rank = x.shape[-1]
+    if small == 0:
+        return n @ v_large.mT, rank
+    # The rounding of w reaches into the span of n by ε d_max, which the smallest columns cannot afford.
+    w_small = torch.addmm(w_small, n, n.mT @ w_small, alpha=-1)
+    basis, r = torch.linalg.qr(w_small)
+    u, s, zh = torch.linalg.svd(r)
+    cutoff = torch.finfo(x.dtype).eps * math.sqrt(x.shape[-2]) * d.max()
+    rank -= int((s <= cutoff).sum())
+    if not complete:
+        u = u * (s > cutoff)
+    return torch.addmm((basis @ u) @ (v_small @ zh.mT).mT, n, v_large.mT), rank
 
 
 def _newton_schulz(x: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int, Tensor]:
