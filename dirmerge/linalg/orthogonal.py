@@ -122,15 +122,15 @@ def polar(
 
 def orthogonality(q: Tensor) -> Tensor:
     """(...,) float64: ‖qᵀq − I‖_F / √k."""
-    return _deviation(ops.gram(q))
+    return _deviation(q)[1]
 
 
-def _deviation(gram: Tensor) -> Tensor:
-    """(...,) float64: ‖G − I‖_F / √k, the diagonal subtracted before the squares are summed."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    squares = torch.linalg.vector_norm(gram, dim=-1).double().square() - diagonal.double().square()
-    total: Tensor = squares.clamp(min=0).sum(-1) + (diagonal.double() - 1).square().sum(-1)
-    return (total / gram.shape[-1]).sqrt()
+def _deviation(q: Tensor) -> tuple[Tensor, Tensor]:
+    """qᵀq − I, and ‖qᵀq − I‖_F / √k in float64."""
+    deviation = ops.gram(q)
+    deviation.diagonal(dim1=-2, dim2=-1).sub_(1)
+    rows: Tensor = torch.linalg.vector_norm(deviation, dim=-1)
+    return deviation, (rows.double().square().sum(-1) / max(q.shape[-1], 1)).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +180,15 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
         found = [_polar_gram(each, complete) for each in x.reshape(-1, m, k)]
         q = torch.stack([each for each, _ in found]).view(x.shape)
         rank = torch.tensor([r for _, r in found]).view(x.shape[:-2])
-        residual = orthogonality(q)
+        deviation, residual = _deviation(q)
         # A partial isometry misses k − rank ones on the diagonal of its Gram matrix.
         expected = torch.zeros_like(residual) if complete else ((k - rank.to(residual)) / k).sqrt()
-        if bool(((residual - expected).abs() <= 1e-5 * math.sqrt(max(m / 1024, 1))).all()):
+        limit = 1e-5 * math.sqrt(max(m / 1024, 1))
+        if not bool(((residual - expected).abs() <= limit / 4).all()):
+            # One Newton–Schulz step squares what the first-order correction left of the deviation.
+            q = q - 0.5 * (q @ deviation)
+            residual = orthogonality(q)
+        if bool(((residual - expected).abs() <= limit).all()):
             return Polar(q, "gram", 0, residual, rank, fallback)
         worst = float((residual - expected).abs().max())
         reason = f"the Gram form reached ‖qᵀq − I‖/√k = {worst:.1e}"
