@@ -37,7 +37,7 @@ N_TASKS, RANK = 8, 16
 
 def machine() -> str:
     """Returns one line about this machine."""
-    model = platform.processor()
+    model, threads = platform.processor(), torch.get_num_threads()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [
@@ -45,7 +45,8 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     return (
-        f"{model}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads"
+        f"{model}, {os.cpu_count()} cores, torch {torch.__version__} with {threads} "
+        f"thread{'' if threads == 1 else 's'}"
     )
 
 
@@ -291,16 +292,17 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         "# Pipelines",
         "",
-        f"Machine: {results['machine']}.",
         "Written by `python -m benchmarks.pipelines`.",
         "",
     ]
 
-    def table(title: str, header: str, rows: list[str]) -> None:
-        lines.extend([f"## {title}", "", header, re.sub(r"[^|]+", "---", header), *rows, ""])
+    def table(part: str, title: str, header: str, rows: list[str]) -> None:
+        where = f"On {results['machines'][part]}."
+        lines.extend([f"## {title}", "", where, "", header, re.sub(r"[^|]+", "---", header), *rows, ""])
 
     if "adapters" in results:
         table(
+            "adapters",
             "DC-Merge of eight rank-16 adapters of one matrix: factored against dense (T + 2 full SVDs)",
             "| matrix | dense | factored (median of 21) | ratio | relative difference |",
             [
@@ -311,6 +313,7 @@ def report(results: dict[str, Any]) -> str:
         )
     if "full" in results:
         table(
+            "full",
             "DC-Merge of eight full fine-tunes of one matrix, r = p/8, against its dense form (T + 2 full "
             "SVDs); medians of three",
             "| matrix | dense | exact | ratio | cosine | randomized | ratio | energy, of the best | cosine |",
@@ -331,6 +334,7 @@ def report(results: dict[str, Any]) -> str:
         ]
     if "seven-billion" in results:
         table(
+            "seven-billion",
             "Eight rank-16 adapters of 7B shape (32 layers, 7 matrices each) into one, file to file",
             "| dtype | read | written | seconds | peak resident memory |",
             [
@@ -341,6 +345,7 @@ def report(results: dict[str, Any]) -> str:
         )
     if "memory" in results:
         table(
+            "memory",
             "Full fine-tunes: peak resident memory, bound 1 GB + (T + 6) × the largest tensor in float32",
             "| method | tasks | largest tensor | layers | peak | bound |",
             [
@@ -371,7 +376,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.workdir) as folder:
             part = seven_billion if arguments.part == "seven-billion" else memory
             results[arguments.part] = part(Path(folder))
-    results["machine"] = machine()
+    results.setdefault("machines", {})[arguments.part] = machine()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print("python -m benchmarks.report renders the page")

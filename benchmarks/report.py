@@ -166,7 +166,7 @@ def other_machines(folder: Path, runs: dict[str, dict[str, Any]]) -> str:
     """Says what ran on another CPU or with other threads than the pipelines; else empty."""
     if not (folder / "pipelines.json").exists():
         return ""
-    machine_of_pipelines = str(load(folder / "pipelines.json").get("machine"))
+    machine_of_pipelines = " and ".join(sorted(set(load(folder / "pipelines.json")["machines"].values())))
     found = []
     for run in runs.values():
         about = run["machine_info"]["dirmerge"]
