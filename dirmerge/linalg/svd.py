@@ -111,8 +111,8 @@ def svd_truncated(
     with random signs, power iterations re-orthogonalised by CholeskyQR, SVD of the projected matrix.
 
     Args:
-        a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a Difference (m, n), which is
-            multiplied as it is read.
+        a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a Difference ([T,] m, n),
+            which is multiplied as it is read.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
         method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to
             min(m, n).
@@ -173,7 +173,6 @@ def _energy(a: Tensor) -> Tensor:
 
 
 def _svd_lapack(a: Tensor, rank: int) -> TruncatedSVD:
-    finite(a, "a")
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     total = _energy(a)
     # A view would keep the full factors alive, which are T times larger.
