@@ -61,8 +61,8 @@ bench: setup  ## ops and algorithms, on a GPU where there is one; OPS=polar SHAP
 bench-gpu: setup  ## the same on a GPU; says so where there is none
 	$(BIN)/python -m benchmarks --device cuda $(BENCH_OPTIONS)
 
-tasks: setup  ## trains every fine-tune of the real-task benchmark again and evaluates every method (about an hour)
-	$(BIN)/python -m benchmarks.tasks
+tasks: setup  ## the real-task benchmark, resumed from benchmarks/results/tasks; OUT=new/folder measures all of it again (hours)
+	$(BIN)/python -m benchmarks.tasks --all $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build *.egg-info dirmerge/*.so .pytest_cache .mypy_cache .ruff_cache

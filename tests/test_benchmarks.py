@@ -1,8 +1,15 @@
-"""The pages and tools of benchmarks/: counts by hand, pages written anew, competitors that are right."""
+"""The pages and tools of benchmarks/: counts by hand, pages written anew, competitors, texts of packages."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gzip
+import hashlib
+import re
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +19,10 @@ import torch
 import dirmerge
 from benchmarks import competitors, inputs, report, roofline
 from benchmarks.shapes import BLOCKS, FAMILIES, LAYERS, MODELS, TASKS
+from benchmarks.tasks import debian
 from dirmerge import ops
+from dirmerge.demo.data import Example
+from dirmerge.demo.sources import SourceError
 from dirmerge.linalg import svd_truncated
 from dirmerge.ops.delta_sketch import random_signs
 
@@ -208,3 +218,268 @@ class TestCompetitors:
 def test_every_family_has_layers_and_blocks() -> None:
     assert {layer.family for layer in LAYERS} == set(MODELS) == set(BLOCKS) == set(FAMILIES) - {"adapters"}
     assert TASKS == 8
+
+
+def xdr_string(text: str | None, flags: int = 0x40009) -> bytes:
+    if text is None:
+        return struct.pack(">ii", 9, -1)
+    encoded = text.encode("latin-1" if flags & 0x4000 else "utf-8")
+    return struct.pack(">ii", flags, len(encoded)) + encoded
+
+
+def xdr_named(names: list[str], items: list[bytes], first: bool = True) -> bytes:
+    """A list with the attribute names; its symbol is a reference where it is not the first in the data."""
+    symbol = struct.pack(">i", 1) + xdr_string("names") if first else struct.pack(">i", 1 << 8 | 255)
+    values = struct.pack(">ii", 16, len(names)) + b"".join(map(xdr_string, names))
+    attributes = struct.pack(">i", 0x402) + symbol + values + struct.pack(">i", 254)
+    return struct.pack(">ii", 0x213, len(items)) + b"".join(items) + attributes
+
+
+HEADER = b"X\n" + struct.pack(">iiii", 3, 0x40201, 0x30500, 5) + b"UTF-8"
+
+
+class TestRData:
+    """The reader of R's serialisation, on bytes written by hand."""
+
+    def test_a_list_of_every_vector(self) -> None:
+        items = [
+            struct.pack(">iiii", 13, 2, -7, 2**31 - 1),
+            struct.pack(">iidd", 14, 2, 0.5, -1e300),
+            struct.pack(">iii", 10, 1, 1),
+            struct.pack(">ii", 16, 3) + xdr_string("é", 0x8009) + xdr_string("é", 0x4009) + xdr_string(None),
+            struct.pack(">i", 254),
+            xdr_named(["b"], [struct.pack(">iii", 13, 1, 4)]),
+            xdr_named(["c"], [struct.pack(">iii", 13, 1, 5)], first=False),
+        ]
+        names = ["integer", "real", "logical", "strings", "null", "named", "again"]
+        found = debian.read_r(HEADER + xdr_named(names, items, first=False)).named()
+        assert {name: found[name].values for name in names[:5]} == {
+            "integer": [-7, 2**31 - 1],
+            "real": [0.5, -1e300],
+            "logical": [1],
+            "strings": ["é", "é", None],
+            "null": [],
+        }
+        assert found["named"].named()["b"].values == [4]
+        assert found["again"].named()["c"].values == [5]
+
+    def test_version_2_has_no_encoding(self) -> None:
+        data = b"X\n" + struct.pack(">iii", 2, 0x40201, 0x20300) + struct.pack(">iii", 13, 1, 3)
+        assert debian.read_r(data).values == [3]
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"RDX3", "not in the binary format"),
+            (b"X\n" + struct.pack(">iii", 4, 0, 0), "version 4"),
+            (HEADER + struct.pack(">iii", 13, 2, 3), "truncated"),
+            (HEADER + struct.pack(">ii", 13, -1), "unknown length"),
+            (HEADER + struct.pack(">i", 3), "type 3"),  # a closure
+            (HEADER + struct.pack(">iii", 16, 1, 13) + bytes(8), "type 13 instead of a string"),
+            (HEADER + xdr_named(["a"], [struct.pack(">i", 254)], first=False), "instead of a symbol"),
+            (HEADER + struct.pack(">iiii", 0x20D, 1, 3, 13), "type 13 in the attributes"),
+        ],
+    )
+    def test_anything_else_is_refused(self, data: bytes, message: str) -> None:
+        with pytest.raises(SourceError, match=message):
+            debian.read_r(data)
+
+    def test_names_are_required_where_they_are_asked_for(self) -> None:
+        with pytest.raises(SourceError, match="1 elements, but 0 names"):
+            debian.read_r(HEADER + struct.pack(">iii", 13, 1, 3)).named()
+
+    def test_a_lazy_load_database(self, tmp_path: Path) -> None:
+        stored = [
+            struct.pack(">i", len(data)) + zlib.compress(data)
+            for data in (HEADER + struct.pack(">iii", 13, 1, value) for value in (3, 4))
+        ]
+        places = [(0, len(stored[0])), (len(stored[0]), len(stored[1]))]
+        variables = xdr_named(["a", "b"], [struct.pack(">iiii", 13, 2, *place) for place in places])
+        # The elements precede the attributes, so the symbol of the inner list is the first in the data.
+        index = HEADER + xdr_named(["variables"], [variables], first=False)
+        (tmp_path / "Rdata.rdx").write_bytes(gzip.compress(index))
+        (tmp_path / "Rdata.rdb").write_bytes(b"".join(stored))
+        assert debian.read_lazy(tmp_path / "Rdata", "b").values == [4]
+        with pytest.raises(SourceError, match="cannot read the variable c"):
+            debian.read_lazy(tmp_path / "Rdata", "c")
+        (tmp_path / "Rdata.rdb").write_bytes(b"\0" * 99)
+        with pytest.raises(SourceError, match="cannot read the variable a"):
+            debian.read_lazy(tmp_path / "Rdata", "a")
+
+
+class TestDebianTexts:
+    def test_foldoc(self) -> None:
+        text = """\
+00-database-short
+     The Free On-line Dictionary of Computing
+
+first
+
+   <language, history> /furst/ (First Version) A {language}
+   that was the very first ["Title", 1960].
+
+   Another paragraph, which is left out.
+
+   (2001-01-01)
+
+second
+
+   1. <networking> The second {thing}, which a
+   network has.
+
+   2. <games> A field that is none of ours at all.
+
+third
+
+   A definition without a mark, which has <mail@example.org> inside.
+
+.fr
+
+   <networking> The {country code} for France and others.
+
+short
+
+   <jargon> {Long}.
+"""
+        assert debian.parse_foldoc(text) == [
+            Example("A language that was the very first .", "language", "alanguagethatwastheveryfirst"),
+            Example("The second thing, which a network has.", "networking", "thesecondthingwhichanetworkhas"),
+        ]
+
+    def test_a_long_definition_is_cut_and_versions_share_a_group(self) -> None:
+        text = "".join(f"{n}\n\n   <jargon> {'word ' * 70}{n}\n\n" for n in "ab")
+        found = debian.parse_foldoc(text)
+        assert [len(example.text.split()) for example in found] == [debian.WORDS] * 2
+        assert found[0].group == found[1].group == ("word" * 10)
+
+    def test_fortunes(self) -> None:
+        files = {
+            "art": "One two -- three four.\n\t\t-- An Author, of\n\t\t   a book\n%\nshort\n%\n",
+            "perl": "Five six seven eight nine. -- Larry Wall in <1@x>\n%\nC\x08Cafe% has no % alone\n%%\n",
+            "law": "\t\t-- Only a name and nothing else\n",
+        }
+        assert [(e.text, e.label) for e in debian.parse_fortunes(files)] == [
+            ("One two -- three four.", "art"),
+            ("Five six seven eight nine.", "perl"),
+            ("Cafe% has no % alone %%", "perl"),
+        ]
+
+    def test_a_novel(self) -> None:
+        lines = ["EMMA", "By the author", "VOLUME I", "CHAPTER I", "", "a1", " a2", "", "a3", "a4", "a5"]
+        lines += ["Chapter 2", "b1", "VOLUME II", "b2", "b3", "b4", "b5", "b6", "THE END", "c1", "c2", "c3"]
+        assert debian.parse_novel("emma", lines) == [
+            Example("a1 a2 a3", "emma", "emma:1"),
+            Example("b1 b2 b3", "emma", "emma:2"),
+            Example("b4 b5 b6", "emma", "emma:2"),
+        ]
+
+    def test_tweets(self) -> None:
+        rows: list[tuple[str | None, str, int, float]] = [
+            ("Jobs &amp; more\nhttps://t.co/x https…", "Twitter for iPhone", 0, 1.0),
+            ("A retweet", "Twitter for iPhone", 1, 1.0),
+            ("From the web", "Twitter Web Client", 0, 1.0),
+            ("Too late", "Twitter for Android", 0, debian.TWEETS_END),
+            (None, "Twitter for Android", 0, 1.0),
+            ("12:30!", "Twitter for Android", 0, 1.0),
+        ]
+        names = ("text", "source", "is_retweet", "created_at")
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        assert debian.parse_tweets(columns) == [
+            Example("Jobs & more URL https…", "Twitter for iPhone", "jobsmoreurlhttps"),
+            Example("12:30!", "Twitter for Android", "12:30!"),
+        ]
+
+
+class TestDebianPackages:
+    def test_a_missing_package_is_fetched_once_and_an_older_tree_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commands: list[list[str]] = []
+
+        def run(command: list[str], *, cwd: Path | None = None, env: object = None) -> str:
+            commands.append(command)
+            if command[0] == "apt-get":
+                assert cwd is not None
+                (cwd / f"{command[2]}_1_all.deb").touch()
+            else:
+                (Path(command[3]) / "usr").mkdir(parents=True)
+                (Path(command[3]) / "usr" / Path(command[2]).name).touch()
+            return ""
+
+        monkeypatch.setattr(debian, "_run", run)
+        (tmp_path / "debian" / "usr").mkdir(parents=True)  # all packages in one tree, as it once was
+        for package in ("one", "two", "one"):
+            folder = debian.unpack(tmp_path, package)
+            assert [path.name for path in (folder / "usr").iterdir()] == [f"{package}_1_all.deb"]
+        assert [command[0] for command in commands] == ["apt-get", "dpkg-deb"] * 2
+        assert commands[0][1:] == ["download", "one"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["debian"]
+
+    def test_a_failure_leaves_no_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(command: list[str], *, cwd: Path | None = None, env: object = None) -> str:
+            if command[0] == "dpkg-deb":
+                Path(command[3]).mkdir()
+                raise RuntimeError("dpkg-deb failed: broken")
+            assert cwd is not None
+            (cwd / "one_1_all.deb").touch()
+            return ""
+
+        monkeypatch.setattr(debian, "_run", run)
+        with pytest.raises(RuntimeError, match="broken"):
+            debian.unpack(tmp_path, "one")
+        assert list((tmp_path / "debian").iterdir()) == []
+
+    def test_the_message_of_a_command_that_fails(self) -> None:
+        with pytest.raises(RuntimeError, match="sh failed: no such package"):
+            debian._run(["sh", "-c", "echo no such package >&2; exit 100"])
+
+
+class TestDebianPins:
+    @pytest.fixture
+    def built(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """The caches that the task `made`, of a wrong hash, was built for."""
+        calls: list[Path] = []
+
+        def build(cache: Path) -> list[Example]:
+            calls.append(cache)
+            return [
+                Example(f"text {i} of {label}", label, f"{label}{i}") for i in range(20) for label in "ab"
+            ]
+
+        made = debian.DebianTask(build, {"a": "an a", "b": "a b"}, 20, "0" * 64)
+        monkeypatch.setitem(debian.TASKS, "made", made)
+        monkeypatch.setitem(debian.TASKS, "free", dataclasses.replace(made, sha256=None))
+        return calls
+
+    def test_changed_data_is_an_error_unless_accepted(self, tmp_path: Path, built: list[Path]) -> None:
+        with pytest.raises(SourceError, match=r"must have sha256 0{64}, got .*accept_changed=True"):
+            debian.prepare("made", tmp_path)
+        assert not (tmp_path / "tasks").exists()
+        accepted = debian.prepare("made", tmp_path, accept_changed=True)
+        assert debian.prepare("made", tmp_path, accept_changed=True) == accepted
+        assert len(built) == 2
+        with pytest.raises(SourceError, match="sha256"):  # what was accepted once is not taken for pinned
+            debian.prepare("made", tmp_path)
+
+    def test_the_pinned_hash_is_of_the_text(
+        self, tmp_path: Path, built: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = debian.prepare("made", tmp_path, accept_changed=True).to_json()
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        monkeypatch.setitem(debian.TASKS, "made", dataclasses.replace(debian.TASKS["made"], sha256=sha256))
+        cached = tmp_path / "tasks" / "debian-made.json"
+        assert debian.prepare("made", tmp_path).to_json() == cached.read_text(encoding="utf-8") == text
+        assert len(built) == 1
+        cached.write_text(text.replace("text 1 ", "text one "), encoding="utf-8")
+        assert debian.prepare("made", tmp_path).to_json() == cached.read_text(encoding="utf-8") == text
+        assert len(built) == 2
+
+    def test_a_task_without_a_pin(self, tmp_path: Path, built: list[Path]) -> None:
+        assert debian.prepare("free", tmp_path) == debian.prepare("free", tmp_path)
+        assert len(built) == 1
+
+    def test_the_table(self, tmp_path: Path) -> None:
+        assert [name for name, task in debian.TASKS.items() if task.sha256 is None] == ["debian"]
+        assert all(re.fullmatch("[0-9a-f]{64}", task.sha256 or "0" * 64) for task in debian.TASKS.values())
+        with pytest.raises(ValueError, match=r"task must be one of wordnet, .*got 'none'"):
+            debian.prepare("none", tmp_path)

@@ -1,11 +1,11 @@
-"""Feature-space alignment on the real tasks: closed-form maps, learned form, AdaMerging, and the controls.
+"""Feature-space alignment on the real tasks: closed-form maps, the learned form, AdaMerging, the controls.
 
-    python -m benchmarks.tasks.alignment [--kind full|lora] [--seed 0] [--methods tsv_m dc_merge]
-    python -m benchmarks.tasks.alignment --learn mda --methods task_arithmetic
-    python -m benchmarks.tasks.alignment --learn adamerging --per parameter
+    python -m benchmarks.tasks.alignment [--sets pypi] [--kinds full lora] [--seeds 0] [--methods tsv_m …]
+    python -m benchmarks.tasks.alignment --learn mda --start identity [--options alpha=0 rotate=false]
+    python -m benchmarks.tasks.alignment --learn adamerging --per model
 
-Uses the fine-tunes, the scales and the cache of `python -m benchmarks.tasks`, which must have run. The maps
-see unlabelled training texts alone; the test texts are read for the accuracies that are printed.
+Works on the rows of `python -m benchmarks.tasks`, which must be there: the scale of each merge is theirs.
+Maps and scales are fitted on unlabelled training texts alone, the test texts are read for the accuracies.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.tasks.sweep import FineTunes, Merge, load_finetunes, merge
+from benchmarks.tasks import report
+from benchmarks.tasks.experiments import SETS, TABLES
+from benchmarks.tasks.setting import Setting
+from benchmarks.tasks.store import FOLDER, Row, pack
+from benchmarks.tasks.sweep import Merge, merge, set_weights
+from benchmarks.tasks.train import RECIPES
 from dirmerge.alignment import (
     AlignmentTask,
     Head,
@@ -32,30 +36,18 @@ from dirmerge.alignment import (
     Model,
     Pooled,
     adamerging,
-    closed_form,
     learn,
-    read_features,
 )
-from dirmerge.demo.data import TASKS, prepare
-from dirmerge.demo.evaluate import Probe, make_probe
-from dirmerge.demo.model import LOGIT_SCALE, Tokenizer, collate, load_encoder
+from dirmerge.alignment.maps import fit_task
+from dirmerge.demo.evaluate import Probe
+from dirmerge.demo.model import LOGIT_SCALE, collate, embed
 from dirmerge.demo.sources import Archives
+from dirmerge.linalg import etf_gap
 from dirmerge.lowrank import LowRank
 
-
-@dataclass(frozen=True)
-class Setting:
-    """The base model, its fine-tunes, the tasks' unlabelled texts and the texts that measure accuracy."""
-
-    kind: str
-    base: Model
-    weights: Mapping[str, Tensor]
-    finetunes: FineTunes
-    tasks: Sequence[AlignmentTask]
-    test: Sequence[AlignmentTask]
-    labels: Sequence[Tensor]
-    own: Sequence[float]
-    scales: Mapping[str, float]
+INPUTS = 512  # unlabelled texts per task
+BATCH = 16  # of them, per step of the learned form
+METHODS = ("task_arithmetic", "tsv_m", "dc_merge")
 
 
 def batches(probe: Probe, size: int) -> list[dict[str, Tensor]]:
@@ -68,191 +60,239 @@ def batches(probe: Probe, size: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def ordered_labels(probe: Probe) -> Tensor:
-    """The labels in the order of `batches`."""
-    return probe.labels[torch.tensor(sorted(range(len(probe.ids)), key=lambda i: len(probe.ids[i])))]
+class Bench:
+    """What all rows of one setting share: the unlabelled texts and the features of base and fine-tunes."""
 
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
 
-def load(kind: str, seed: int, inputs: int, texts: int, batch: int) -> Setting:
-    """Everything a run needs, from the cache."""
-    archives = Archives()
-    archives.fetch()
-    folder = archives.base_model()
-    weights = load_file(folder / "model.safetensors")
-    module, tokenizer = load_encoder(folder), Tokenizer(folder)
-    data = [prepare(name, archives) for name in TASKS]
-    folders = {name: archives.folder / "checkpoints" / f"{kind}-s{seed}" / name for name in TASKS}
-    finetunes = load_finetunes(kind, folders, weights)
+    @cached_property
+    def inputs(self) -> list[Probe]:
+        """Unlabelled texts of every task."""
+        return self.setting.probes("train", INPUTS)
 
-    def tasks(split: str, count: int, size: int) -> tuple[list[AlignmentTask], list[Tensor]]:
-        probes = [make_probe(task, split, module, tokenizer, texts=count) for task in data]
+    @cached_property
+    def tasks(self) -> list[AlignmentTask]:
+        """The same as the alignment takes them."""
         return [
             AlignmentTask(
-                p.name, batches(p, size), Head.of_class_vectors(p.head, LOGIT_SCALE), Pooled("mean")
+                p.name, batches(p, BATCH), Head.of_class_vectors(p.head, LOGIT_SCALE), Pooled("mean")
             )
-            for p in probes
-        ], [ordered_labels(p) for p in probes]
+            for p in self.inputs
+        ]
 
-    test, labels = tasks("test", texts, 64)
-    results = archives.folder / "results"
-    run = next(path for path in sorted(results.glob(f"*-{kind}-s{seed}-*")) if (path / "own.json").is_file())
-    scales = {
-        path.stem: json.loads(path.read_text())["scale"] for path in run.glob("*.json") if path.stem != "own"
+    @cached_property
+    def own_features(self) -> list[Tensor]:
+        """Per task the features that its own fine-tune gives its texts."""
+        found = []
+        for t, probe in enumerate(self.inputs):
+            set_weights(self.setting.model, self.setting.base, self.setting.all_finetunes.single(t))
+            found.append(embed(self.setting.model, probe.ids, bf16=self.setting.bf16))
+        return found
+
+    @cached_property
+    def base_features(self) -> list[Tensor]:
+        """Per task the features that the base model gives its texts."""
+        return self.features(None, 1.0, self.inputs)
+
+    def features(self, update: Merge | None, scale: float, probes: Sequence[Probe]) -> list[Tensor]:
+        """Per task the unit features of a merged model."""
+        set_weights(self.setting.model, self.setting.base, update, scale)
+        return [embed(self.setting.model, probe.ids, bf16=self.setting.bf16) for probe in probes]
+
+    def scale(self, method: str) -> float:
+        """λ of the tables' row."""
+        row = self.setting.results.get(method)
+        if row is None:
+            raise SystemExit(
+                f"{self.setting.results.path} has no row {method}: run python -m benchmarks.tasks"
+            )
+        return float(row["scale"])
+
+    def show(self, name: str, row: Row, note: str = "") -> None:
+        """Prints a row's normalised accuracy."""
+        setting = self.setting
+        rate = 100 * setting.normalised(row["test"])
+        print(f"{setting.name} {setting.kind} seed {setting.seed} {name}: {rate:.2f} % {note}", flush=True)
+
+
+def gap(features: Sequence[Tensor], probes: Sequence[Probe]) -> float:
+    """Δ_ETF of the class means, mean over the tasks with three classes or more; of two it is always 0."""
+    gaps = []
+    for z, probe in zip(features, probes, strict=True):
+        means = [z[probe.labels == c].mean(0) for c in probe.labels.unique()]
+        if len(means) > 2:
+            gaps.append(float(etf_gap(torch.stack(means, 1))))
+    return sum(gaps) / len(gaps)
+
+
+def hits(
+    features: Sequence[Tensor], probes: Sequence[Probe], maps: Sequence[Tensor] | None
+) -> dict[str, str]:
+    """Per task the packed hits of the frozen heads, with a map of the features before each."""
+    found = {}
+    for t, (z, probe) in enumerate(zip(features, probes, strict=True)):
+        classes = ((z if maps is None else z @ maps[t]) @ probe.head.T).argmax(1)
+        found[probe.name] = pack("".join("01"[hit] for hit in classes.eq(probe.labels).tolist()))
+    return found
+
+
+def closed_form_rows(bench: Bench, method: str | None) -> None:
+    """The rows `<method> + rotation` and `<method> + ridge`; None is the base model, the control."""
+    setting, label = bench.setting, method or "base"
+    names = {kind: f"{label} + {kind}" for kind in ("rotation", "ridge")}
+    if all(setting.results.get(name) is not None for name in names.values()):
+        return
+    update, scale = None, 1.0
+    if method is not None:
+        update, scale = merge(setting.finetunes, TABLES[setting.kind][method]), bench.scale(method)
+    a = bench.base_features if update is None else bench.features(update, scale, bench.inputs)
+    z = bench.features(update, scale, setting.test)
+    for kind, name in names.items():
+
+        def compute(kind: str = kind) -> Row:
+            start = time.perf_counter()
+            found = [
+                fit_task(task, a[t], own, bench.base_features[t], kind=kind, ridge=0.3, held_out=0.2)
+                for t, (task, own) in enumerate(zip(bench.tasks, bench.own_features, strict=True))
+            ]
+            maps = [f.matrix for f in found]
+            seconds = time.perf_counter() - start
+            mapped = [x @ m for x, m in zip(z, maps, strict=True)]
+            return {
+                "method": method or "base",
+                "map": kind,
+                "scale": scale,
+                "seconds": seconds,
+                "agreement": {
+                    key: sum(getattr(f, key).agreement for f in found) / len(found)
+                    for key in ("plain", "aligned", "control")
+                },
+                "etf_gap": {"plain": gap(z, setting.test), "aligned": gap(mapped, setting.test)},
+                "test": hits(z, setting.test, maps),
+            }
+
+        bench.own_features  # noqa: B018  # before the clock starts
+        row = setting.results.once(name, compute)
+        bench.show(name, row, f"agreement held out {row['agreement']}")
+
+
+def learned_row(bench: Bench, method: str, start: str, options: LearnOptions, suffix: str) -> None:
+    """The learned form from a merge; `start` is the closed form it starts from, identity in the paper."""
+    setting = bench.setting
+    name = f"{method}{'' if start == 'identity' else f' + {start}'} + learned{suffix}"
+
+    def compute() -> Row:
+        update = merge(setting.finetunes, TABLES[setting.kind][method])
+        scale = bench.scale(method)
+        maps = None
+        if start != "identity":
+            a = bench.features(update, scale, bench.inputs)
+            maps = [
+                fit_task(task, a[t], own, None, kind=start, ridge=0.3, held_out=0.0).matrix
+                for t, (task, own) in enumerate(zip(bench.tasks, bench.own_features, strict=True))
+            ]
+        set_weights(setting.model, setting.base, None)
+        base = Model(setting.model).updated(update.fixed)
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "state.safetensors"
+            found = learn(
+                base, update.scaled, bench.tasks, options, scale=scale, maps=maps, state=state, progress=show
+            )
+        return {"method": method, "start": start, "scale": scale} | _learned(bench, found, options)
+
+    bench.show(name, setting.results.once(name, compute))
+
+
+def adamerging_row(bench: Bench, options: LearnOptions) -> None:
+    """AdaMerging from 0.3: layer-wise per parameter, task-wise per model."""
+    setting = bench.setting
+    name = f"adamerging ({'task' if options.per == 'model' else 'layer'}-wise)"
+
+    def compute() -> Row:
+        deltas = {
+            key: [d.dense() if isinstance(d, LowRank) else d for d in parts]
+            if len(parts[0].shape) < 2
+            else parts
+            for key, parts in setting.finetunes.deltas.items()
+        }
+        set_weights(setting.model, setting.base, None)
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "state.safetensors"
+            found = adamerging(Model(setting.model), deltas, bench.tasks, options, state=state, progress=show)
+        return {"method": "adamerging", "scale": 0.3} | _learned(bench, found, options)
+
+    bench.show(name, setting.results.once(name, compute))
+
+
+def _learned(bench: Bench, found: Learned, options: LearnOptions) -> Row:
+    """What a learned form leaves: hits with its maps, and what the guard saw."""
+    setting = bench.setting
+    weights = found.model.weights
+    with torch.no_grad():
+        for key, parameter in setting.model.named_parameters():
+            parameter.copy_(weights.get(key, setting.base[key]))
+    z = [embed(setting.model, probe.ids, bf16=setting.bf16) for probe in setting.test]
+    maps = None if any(m is None for m in found.matrices) else [m for m in found.matrices if m is not None]
+    mapped = z if maps is None else [x @ m for x, m in zip(z, maps, strict=True)]
+    shown = {key: value for key, value in found.to_dict().items() if key != "scales"}
+    return {
+        "options": options.to_plain(),
+        "etf_gap": {"aligned": gap(mapped, setting.test)},
+        "test": hits(z, setting.test, maps),
+        **shown,
     }
-    base = Model(module)
-    own = [
-        accuracy(own_model(base, finetunes, t), task, y)
-        for t, (task, y) in enumerate(zip(test, labels, strict=True))
-    ]
-    return Setting(
-        kind, base, weights, finetunes, tasks("train", inputs, batch)[0], test, labels, own, scales
-    )
-
-
-def own_model(base: Model, finetunes: FineTunes, t: int) -> Model:
-    """A task's own fine-tune."""
-    return base.updated(finetunes.single(t).scaled)
-
-
-def merged_model(base: Model, update: Merge, scale: float) -> Model:
-    """The merged model: scaled updates of the matrices, means of the vectors."""
-    return base.updated(update.scaled, scale).updated(update.fixed)
-
-
-def accuracy(model: Model, task: AlignmentTask, labels: Tensor, matrix: Tensor | None = None) -> float:
-    """Accuracy on a task, with a map of the features before its head."""
-    z = read_features(model, task)
-    return task.head.logits(z if matrix is None else z @ matrix).argmax(1).eq(labels).double().mean().item()
-
-
-def row(
-    setting: Setting, name: str, model: Model, maps: Sequence[Tensor] | None = None, note: str = ""
-) -> float:
-    """Prints and returns the normalised accuracy, %."""
-    values = [
-        accuracy(model, task, y, None if maps is None else maps[t])
-        for t, (task, y) in enumerate(zip(setting.test, setting.labels, strict=True))
-    ]
-    rate = 100 * mean_of([v / o for v, o in zip(values, setting.own, strict=True)])
-    cells = " ".join(f"{100 * v:5.1f}" for v in values)
-    print(
-        f"{setting.kind:4s} {name:28s} {cells} | {100 * mean_of(values):.2f} normalised {rate:.2f} {note}",
-        flush=True,
-    )
-    return rate
-
-
-def mean_of(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def run_closed_form(setting: Setting, method: str) -> None:
-    """Plain, rotation and ridge, each with its control."""
-    update = merge(setting.finetunes, method, {})
-    scale = setting.scales[method]
-    model = merged_model(setting.base, update, scale)
-    row(setting, method, model, note=f"λ {scale:.2f}")
-    own = [
-        read_features(own_model(setting.base, setting.finetunes, t), task)
-        for t, task in enumerate(setting.tasks)
-    ]
-    for kind in ("rotation", "ridge"):
-        start = time.perf_counter()
-        found = closed_form(model, setting.tasks, own, base=setting.base, kind=kind)
-        seconds = time.perf_counter() - start
-        agree = [mean_of([getattr(f, k).agreement for f in found]) for k in ("plain", "aligned", "control")]
-        note = f"{seconds:.1f} s, agreement held out {' / '.join(f'{100 * a:.1f}' for a in agree)}"
-        row(setting, f"{method} + {kind}", model, [f.matrix for f in found], note)
-
-
-def run_learned(setting: Setting, method: str, kind: str | None, options: LearnOptions, state: Path) -> None:
-    """The learned form from a merge, with the closed form of a kind as its start (None for R = I)."""
-    update = merge(setting.finetunes, method, {})
-    scale = setting.scales[method]
-    base = setting.base.updated(update.fixed)
-    maps = None
-    if kind is not None:
-        own = (own_model(setting.base, setting.finetunes, t) for t in range(len(setting.tasks)))
-        model = merged_model(setting.base, update, scale)
-        maps = [found.matrix for found in closed_form(model, setting.tasks, own, kind=kind)]
-        row(setting, f"{method} + {kind}", model, maps)
-    found = learn(
-        base, update.scaled, setting.tasks, options, scale=scale, maps=maps, state=state, progress=show
-    )
-    matrices = None if any(m is None for m in found.matrices) else found.matrices
-    row(setting, f"{method} + {kind or 'identity'} + learned", found.model, matrices, note(found))
-
-
-def run_adamerging(setting: Setting, per: str, options: LearnOptions, state: Path) -> None:
-    """AdaMerging on all deltas, from 0.3."""
-    deltas = {
-        name: [d.dense() if isinstance(d, LowRank) else d for d in parts]
-        if len(parts[0].shape) < 2
-        else parts
-        for name, parts in setting.finetunes.deltas.items()
-    }
-    chosen = options.model_copy(update={"per": per})
-    found = adamerging(setting.base, deltas, setting.tasks, chosen, state=state, progress=show)
-    row(setting, f"AdaMerging, λ per {per}", found.model, None, note(found))
 
 
 def show(progress: LearnProgress) -> None:
-    if progress.step % 10 == 0:
+    if progress.step % 20 == 0:
         print(f"  step {progress.step}: loss {progress.loss:.4f}, {progress.seconds:.0f} s", flush=True)
 
 
-def note(found: Learned) -> str:
-    """What the guard saw, in one phrase."""
-    seen = [
-        f"{r.step}: {r.loss:.3f} agree {min(r.agreement):.2f} shift {max(r.shift):.2f}" for r in found.history
-    ]
-    return f"best step {found.best_step}, {found.stopped or 'not stopped'}; {'; '.join(seen)}"
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks.alignment", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--kind", choices=["full", "lora"], default="full")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", default=["tsv_m", "dc_merge"])
-    parser.add_argument("--inputs", type=int, default=512, help="unlabelled texts per task")
-    parser.add_argument("--texts", type=int, default=600, help="test texts per task")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--learn", choices=["none", "mda", "adamerging"], default="none", help="instead of the closed form"
-    )
-    parser.add_argument("--start", choices=["identity", "rotation", "ridge"], default="rotation")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["pypi"])
+    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--learn", choices=["none", "mda", "adamerging"], default="none")
+    parser.add_argument("--start", choices=["identity", "rotation", "ridge"], default="identity")
     parser.add_argument("--per", choices=["parameter", "block", "model"], default="parameter")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr-scale", type=float, default=1e-2)
-    parser.add_argument("--lr-rotation", type=float, default=1e-5)
-    arguments = parser.parse_args()
-    setting = load(arguments.kind, arguments.seed, arguments.inputs, arguments.texts, arguments.batch)
-    if arguments.learn != "none":
-        options = LearnOptions(
-            steps=arguments.steps,
-            per=arguments.per,
-            lr_scale=arguments.lr_scale,
-            lr_rotation=arguments.lr_rotation,
-            seed=arguments.seed,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            state = Path(folder) / "state.safetensors"
-            if arguments.learn == "adamerging":
-                run_adamerging(setting, arguments.per, options, state)
-                return
-            for method in arguments.methods:
-                start = None if arguments.start == "identity" else arguments.start
-                run_learned(setting, method, start, options, state.with_stem(method))
-        return
-    row(setting, "base", setting.base)
-    for kind in ("rotation", "ridge"):
-        own = (own_model(setting.base, setting.finetunes, t) for t in range(len(setting.tasks)))
-        found = closed_form(setting.base, setting.tasks, own, kind=kind)
-        row(setting, f"base + {kind} (control)", setting.base, [f.matrix for f in found])
-    for method in arguments.methods:
-        run_closed_form(setting, method)
+    parser.add_argument("--options", nargs="*", default=[], help="of the learned form, as name=JSON")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--accept-changed", action="store_true", help="Debian tasks of another release")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    changed = {name: json.loads(value) for name, value in (o.split("=", 1) for o in arguments.options)}
+    archives = Archives()
+    archives.fetch()
+    for name in arguments.sets:
+        for kind in arguments.kinds:
+            for seed in arguments.seeds:
+                bench = Bench(
+                    Setting(
+                        name, kind, seed, archives, arguments.out, accept_changed=arguments.accept_changed
+                    )
+                )
+                options = LearnOptions(
+                    **{"steps": arguments.steps, "per": arguments.per, "seed": seed, **changed}
+                )
+                if arguments.learn == "adamerging":
+                    adamerging_row(bench, options)
+                    continue
+                for method in arguments.methods:
+                    if arguments.learn == "mda":
+                        suffix = "".join(f" {o}" for o in sorted(arguments.options))
+                        learned_row(bench, method, arguments.start, options, suffix)
+                    else:
+                        closed_form_rows(bench, method)
+                if arguments.learn == "none":
+                    closed_form_rows(bench, None)
+    report.write(arguments.out)
 
 
 if __name__ == "__main__":

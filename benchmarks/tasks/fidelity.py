@@ -2,7 +2,7 @@
 
     python -m benchmarks.tasks.fidelity [--seeds 0 1 2]
 
-Needs the fine-tunes of `python -m benchmarks.tasks --kinds full` in the cache. Every method merges at its
+Works on the full fine-tunes of the eight tasks, trained where the cache has none. Every method merges at its
 default scale; results go to benchmarks/results/fidelity.json as they come.
 """
 
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from benchmarks.tasks.sweep import evaluate, load_finetunes, mean, merge, set_weights
-from dirmerge.demo.data import TASKS, prepare
-from dirmerge.demo.evaluate import make_probe
-from dirmerge.demo.model import Tokenizer, bfloat16_pays, load_encoder
+from benchmarks.tasks.experiments import Variant
+from benchmarks.tasks.setting import Setting
+from benchmarks.tasks.store import FOLDER
+from benchmarks.tasks.sweep import evaluate, mean, merge, set_weights
 from dirmerge.demo.sources import Archives
 from dirmerge.methods import get_method
 
@@ -32,36 +31,28 @@ def main() -> None:
     """Evaluates every method in both modes for every seed and prints the differences."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks.fidelity")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test-texts", type=int, default=600, help="per task")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     archives = Archives()
     archives.fetch()
-    folder = archives.base_model()
-    base, model, tokenizer = load_file(folder / "model.safetensors"), load_encoder(folder), Tokenizer(folder)
-    tasks = [prepare(name, archives) for name in TASKS]
-    probes = [make_probe(task, "test", model, tokenizer, texts=arguments.test_texts) for task in tasks]
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     done = {(row["seed"], row["method"]) for row in rows}
     for seed in arguments.seeds:
-        folders = {t.name: archives.folder / "checkpoints" / f"full-s{seed}" / t.name for t in tasks}
-        missing = [str(path) for path in folders.values() if not path.is_dir()]
-        if missing:
-            raise SystemExit(f"not trained yet: {', '.join(missing)}; run python -m benchmarks.tasks first")
-        if all((seed, method) in done for method in METHODS):
-            continue
-        finetunes = load_finetunes("full", folders, base)
+        setting = Setting("pypi", "full", seed, archives, FOLDER)
         for method in METHODS:
             if (seed, method) in done:
                 continue
             row: dict[str, Any] = {"seed": seed, "method": method}
             target = get_method(method).default_scale(adapters=False).alignment
             assert target is not None  # spectral methods are scaled by alignment
-            updates = {svd: merge(finetunes, method, {"svd": svd}) for svd in ("exact", "randomized")}
+            updates = {
+                svd: merge(setting.finetunes, Variant(method, {"svd": svd}))
+                for svd in ("exact", "randomized")
+            }
             for svd, update in updates.items():
-                set_weights(model, base, update, target / update.alignment)
-                hits = evaluate(model, probes, bf16=bfloat16_pays())
+                set_weights(setting.model, setting.base, update, target / update.alignment)
+                hits = evaluate(setting.model, setting.test, bf16=setting.bf16)
                 row[svd] = {task: 100 * mean(bits) for task, bits in hits.items()}
             dot = norms = other = 0.0
             for name, exact in updates["exact"].scaled.items():

@@ -1,208 +1,533 @@
-"""The tables of benchmarks/results/tasks.{json,md} from the results in the cache."""
+"""The page benchmarks/results/tasks.md and its plots, from the result files alone.
+
+python -m benchmarks.tasks.report [FOLDER]
+"""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
-from collections import defaultdict
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from benchmarks.tasks.sweep import mean
+from benchmarks.tasks import plots
+from benchmarks.tasks.store import FOLDER, Row, read, unpack
 
 REFERENCE = "dc_merge"  # paired differences are taken against it
+RESAMPLES = 2000
+KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
+# Rows of the tables that are not methods of their own: settings, maps, learned forms.
+_MARKS = ("+", "keep", "linear", "fraction", "mask", "adamerging")
+SETTINGS = ("none", "average", "blocks", "canonical", "random")
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def write(results: Path, out: Path) -> None:
-    """Writes tasks.json and tasks.md from every run folder below `results` that has all it needs.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % bootstrap interval over texts, and the value of each seed."""
+
+    value: float
+    low: float
+    high: float
+    seeds: dict[int, float]
+
+    def cell(self, *, sign: bool = False) -> str:
+        """The numbers in per cent, as a table has them."""
+        form = "+.2f" if sign else ".2f"
+        return f"{100 * self.value:{form}} [{100 * self.low:{form}}, {100 * self.high:{form}}]"
+
+    def seed_cell(self, *, sign: bool = False) -> str:
+        """The seeds' values in per cent."""
+        form = "+.1f" if sign else ".1f"
+        return " / ".join(f"{100 * self.seeds[seed]:{form}}" for seed in sorted(self.seeds))
+
+
+class Group:
+    """The runs of one task set and kind over all seeds.
 
     Args:
-        results: folders `<set>-<kind>-s<seed>-<validation texts>-<test texts>` of own.json and one file
-            per method.
-        out: the folder of both files.
+        runs: by seed the file's `about` and `rows`.
     """
-    runs: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for folder in sorted(path for path in results.iterdir() if (path / "own.json").is_file()):
-        task_set, kind, seed, validation_texts, test_texts = folder.name.split("-")
-        runs[task_set, kind, f"{validation_texts}-{test_texts}"][int(seed[1:])] = _read(folder)
-    settings = [
-        {"set": task_set, "kind": kind, "texts": texts, **_summary(seeds)}
-        for (task_set, kind, texts), seeds in sorted(runs.items())
-    ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tasks.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    (out / "tasks.md").write_text("\n".join(_page(settings)) + "\n", encoding="utf-8")
+
+    def __init__(self, runs: dict[int, dict[str, Any]]) -> None:
+        self.runs = dict(sorted(runs.items()))
+        about = next(iter(self.runs.values()))["about"]
+        self.set, self.kind = about["set"], about["kind"]
+        self.merged: list[str] = about["merged"]
+        self.unseen: list[str] = about["unseen"]
+        self.texts = about["validation_texts"], about["test_texts"]
+        self._resampled: dict[tuple[str, str, int], Floats] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All rows with test results that any seed has, but `own`."""
+        found: dict[str, None] = {}
+        for run in self.runs.values():
+            found |= dict.fromkeys(name for name, row in run["rows"].items() if "test" in row)
+        return list(found)
+
+    def seeds(self, *names: str) -> list[int]:
+        """The seeds that have all these rows."""
+        return [s for s, run in self.runs.items() if all(name in run["rows"] for name in ("own", *names))]
+
+    def rows(self, name: str) -> list[Row]:
+        """The row of that name in every seed that has it."""
+        return [self.runs[seed]["rows"][name] for seed in self.seeds(name)]
+
+    def hits(self, name: str, task: str, seed: int) -> Floats:
+        """(texts,) 0 or 1 for each test text; `base` and `own` are rows too."""
+        rows = self.runs[seed]["rows"]
+        models = rows["own"][f"{name}_test"] if name in ("base", "own") else rows[name]["test"]
+        packed = models[task]
+        return np.array([int(bit) for bit in unpack(packed)], dtype=np.float64)
+
+    def accuracy(self, name: str, task: str, seed: int) -> Floats:
+        """(1 + resamples,) accuracy on a task's texts, and on resamples that are the same for every row."""
+        key = name, task, seed
+        if key not in self._resampled:
+            hits = self.hits(*key)
+            n = len(hits)
+            rng = np.random.default_rng([n, *task.encode()])
+            counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)
+            self._resampled[key] = np.concatenate(([hits.mean()], counts @ hits / n))
+        return self._resampled[key]
+
+    def estimate(
+        self,
+        name: str,
+        reference: str | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        normalised: bool = True,
+        seeds: Iterable[int] | None = None,
+    ) -> Estimate:
+        """Mean accuracy of a row over tasks and seeds, or its paired difference to another row's.
+
+        Args:
+            name: the row.
+            reference: the other row.
+            tasks: of the mean; default the merged ones.
+            normalised: divide by the accuracy of the task's own fine-tune, which is resampled with it.
+            seeds: default all that have the rows.
+        """
+        needed = [n for n in (name, reference) if n not in (None, "base", "own")]
+        chosen = list(seeds) if seeds is not None else self.seeds(*[n for n in needed if n is not None])
+        values = {}
+        for seed in chosen:
+            parts = []
+            for task in tasks or self.merged:
+                value = self.accuracy(name, task, seed)
+                if reference is not None:
+                    value = value - self.accuracy(reference, task, seed)
+                parts.append(value / self.accuracy("own", task, seed) if normalised else value)
+            values[seed] = np.mean(parts, axis=0)
+        mean = np.mean(list(values.values()), axis=0)
+        low, high = np.quantile(mean[1:], [0.025, 0.975])
+        return Estimate(float(mean[0]), float(low), float(high), {s: float(v[0]) for s, v in values.items()})
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    own = json.loads((folder / "own.json").read_text(encoding="utf-8"))
-    methods = {}
+def load(folder: Path) -> dict[tuple[str, str], Group]:
+    """All groups that have results, by set and kind."""
+    runs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name != "own.json":
-            methods[path.stem.replace("_(", " (")] = json.loads(path.read_text(encoding="utf-8"))
-    return {"own": own, "methods": methods}
+        run = read(path)
+        if "own" in run["rows"]:
+            about = run["about"]
+            runs.setdefault((about["set"], about["kind"]), {})[about["seed"]] = run
+    return {key: Group(found) for key, found in sorted(runs.items())}
 
 
-def normalised(hits: dict[str, str], own: dict[str, str]) -> float:
-    """The mean over tasks of accuracy over the own fine-tune's accuracy."""
-    return sum(mean(bits) / mean(own[task]) for task, bits in hits.items()) / len(hits)
+def write(folder: Path = FOLDER) -> None:
+    """Writes the page beside the folder of the results, and the plots into it."""
+    groups = load(folder)
+    plots.write(groups, folder)
+    page = "\n".join(_page(groups, folder.name)).rstrip() + "\n"
+    (folder.parent / f"{folder.name}.md").write_text(page, encoding="utf-8")
 
 
-def normalised_error(hits: dict[str, str], other: dict[str, str] | None, own: dict[str, str]) -> float:
-    """The standard error over texts of `normalised`, or of its difference to another model's, text by text.
-
-    The own accuracies are taken as given; the spread between fine-tuning seeds is not part of it.
-    """
-    variance = 0.0
-    for task, bits in hits.items():
-        values = [int(bit) for bit in bits]
-        if other is not None:
-            values = [value - int(bit) for value, bit in zip(values, other[task], strict=True)]
-        centre = sum(values) / len(values)
-        spread = sum((value - centre) ** 2 for value in values) / (len(values) - 1)
-        variance += spread / len(values) / mean(own[task]) ** 2
-    return math.sqrt(variance) / len(hits)
+def is_method(name: str) -> bool:
+    """Whether a row is one of the tables' methods, not a setting, map or learned form."""
+    last = name.split()[-1]
+    return not any(mark in name for mark in _MARKS) and (last == name or last not in SETTINGS)
 
 
-def _summary(seeds: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds of one setting."""
-    first = next(iter(seeds.values()))
-    tasks = list(first["own"]["own_test"])
-
-    def over_seeds(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    def accuracies(key: str) -> dict[str, float]:
-        return {t: over_seeds([mean(run["own"][key][t]) for run in seeds.values()]) for t in tasks}
-
-    common = [n for n in first["methods"] if all(n in run["methods"] for run in seeds.values())]
-    rows = []
-    for name in common:
-        runs = [
-            (run["methods"][name], run["own"]["own_test"], run["methods"].get(REFERENCE))
-            for run in seeds.values()
-        ]
-        row: dict[str, Any] = {
-            "method": name,
-            "accuracy": {t: over_seeds([mean(r["test"][t]) for r, _, _ in runs]) for t in tasks},
-            "normalised": over_seeds([normalised(r["test"], own) for r, own, _ in runs]),
-            "standard_error": _pooled([normalised_error(r["test"], None, own) for r, own, _ in runs]),
-            "scale": [r["scale"] for r, _, _ in runs],
-            "alignment": [r["alignment"] for r, _, _ in runs],
-            "merge_seconds": over_seeds([r["merge_seconds"] for r, _, _ in runs]),
-            "threads": runs[0][0]["threads"],
-            "curve": _mean_curve([r["curve"] for r, _, _ in runs]),
-        }
-        if name != REFERENCE and all(reference for _, _, reference in runs):
-            row["difference"] = over_seeds(
-                [normalised(r["test"], own) - normalised(ref["test"], own) for r, own, ref in runs if ref]
-            )
-            row["difference_error"] = _pooled(
-                [normalised_error(r["test"], ref["test"], own) for r, own, ref in runs if ref]
-            )
-        rows.append(row)
-    return {
-        "tasks": tasks,
-        "seeds": sorted(seeds),
-        "base": accuracies("base_test"),
-        "own": accuracies("own_test"),
-        "methods": sorted(rows, key=lambda row: row["normalised"]),
-        "regret": regrets(rows),
-    }
-
-
-def _pooled(errors: list[float]) -> float:
-    """The error of a mean over seeds that read the same texts: no smaller than that of one seed."""
-    return sum(errors) / len(errors)
-
-
-def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """The mean over seeds at the targets that every seed measured."""
-    tables = [{row["alignment"]: row for row in curve} for curve in curves]
-    targets = sorted(set.intersection(*(set(table) for table in tables)))
-    keys = ("alignment", "scale", "normalised")
-    return [{k: sum(table[t][k] for table in tables) / len(tables) for k in keys} for t in targets]
-
-
-def regrets(rows: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Per method what each alignment target costs on validation texts, against the method's own best one."""
-    losses = {}
-    for row in rows:
-        if row["curve"]:
-            best = max(point["normalised"] for point in row["curve"])
-            losses[row["method"]] = {p["alignment"]: best - p["normalised"] for p in row["curve"]}
-    return losses
-
-
-HEADING = """# Real tasks: fine-tunes of one sentence encoder, merged
-
-all-MiniLM-L6-v2 fine-tuned on eight text tasks, merged into one model, measured on each task's test texts
-with frozen heads. Made by `make tasks`; the recipe is in benchmarks/tasks/train.py, the tasks are in
-dirmerge/demo/data.py. λ is chosen on validation texts, the test texts are read once. Normalised accuracy is
-accuracy over that of the task's own fine-tune, averaged over tasks. Standard errors are over texts, not over
-fine-tuning seeds; differences are paired, text by text.
-"""
-REGRET = """
-Validation accuracy lost at an alignment target a(λD), in points of normalised accuracy, against each
-method's own best; empty where the scan had ended before:
-"""
-
-
-def _page(settings: list[dict[str, Any]]) -> list[str]:
-    threads = sorted({row["threads"] for setting in settings for row in setting["methods"]})
-    counts = " or ".join(map(str, threads))
-    lines = [HEADING, f"{platform.machine()}, torch {torch.__version__}, {counts} thread(s)."]
-    for setting in settings:
-        validation_texts, test_texts = setting["texts"].split("-")
-        seeds = ", ".join(map(str, setting["seeds"]))
-        title = {"lora": "LoRA adapters (rank 16)", "full": "Full fine-tunes"}[setting["kind"]]
-        tasks, base, own = setting["tasks"], setting["base"], setting["own"]
-        rate = sum(base[t] / own[t] for t in base) / len(base)
-        columns = ["average", "normalised", "against DC-Merge", "λ", "a(λD)", "merge, s"]
-        lines += [
-            f"\n## {title}, tasks: {setting['set']}\n",
-            f"Seeds: {seeds}; at most {validation_texts} validation and {test_texts} test texts a task.\n",
-            _line(["method", *tasks, *columns]),
-            "|---" * (len(tasks) + 7) + "|",
-            _line(["base model", *_percent(base, tasks), f"{100 * rate:.1f}", "", "", "", ""]),
-        ]
-        lines += [_method_line(row, tasks) for row in setting["methods"]]
-        lines += [_line(["own fine-tunes", *_percent(own, tasks), "100", "", "", "", ""]), REGRET]
-        targets = sorted({target for losses in setting["regret"].values() for target in losses})
-        lines += [
-            _line(["method", *(f"{target:g}" for target in targets)]),
-            "|---" * (len(targets) + 1) + "|",
-        ]
-        for method, losses in setting["regret"].items():
-            cells = [f"{100 * losses[target]:.1f}" if target in losses else "" for target in targets]
-            lines.append(_line([method, *cells]))
+def _page(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
+    lines = [HEADING]
+    for kind, title in KINDS.items():
+        group = groups.get(("pypi", kind))
+        if group is None:
+            continue
+        lines += [f"## Eight tasks, {title}", "", _texts(group), "", *_methods_table(group), ""]
+    lines += _alignment(groups)
+    lines += _more_tasks(groups, folder)
+    lines += _unseen(groups)
+    for study in STUDY_TABLES:
+        lines += _study(groups, *study)
+    lines += _validation_study(groups)
+    lines += _scales(groups, folder)
+    lines += _directions(groups, folder)
     return lines
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _texts(group: Group) -> str:
+    validation, test = group.texts
+    seeds = ", ".join(map(str, group.runs))
+    return f"Seeds {seeds}; at most {validation} validation and {test} test texts a task."
 
 
-def _percent(accuracy: dict[str, float], tasks: list[str]) -> list[str]:
-    mean_accuracy = sum(accuracy.values()) / len(accuracy)
-    return [f"{100 * accuracy[t]:.1f}" for t in tasks] + [f"{100 * mean_accuracy:.2f}"]
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _method_line(row: dict[str, Any], tasks: list[str]) -> str:
-    difference = ""
-    if "difference" in row:
-        difference = f"{100 * row['difference']:+.2f} ± {100 * row['difference_error']:.2f}"
-    return _line(
-        [
-            row["method"],
-            *_percent(row["accuracy"], tasks),
-            f"{100 * row['normalised']:.2f} ± {100 * row['standard_error']:.2f}",
-            difference,
-            ", ".join(f"{scale:.2f}" for scale in row["scale"]),
-            ", ".join(f"{alignment:.2f}" for alignment in row["alignment"]),
-            f"{row['merge_seconds']:.2f}",
+def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [_line(heading), "|---" * len(heading) + "|", *(_line(row) for row in rows)]
+
+
+def _sorted(group: Group, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: group.estimate(name).value)
+
+
+def _by_task(group: Group, name: str) -> list[str]:
+    seeds = group.seeds() if name in ("base", "own") else group.seeds(name)
+    found = [float(np.mean([group.accuracy(name, t, s)[0] for s in seeds])) for t in group.merged]
+    return [f"{100 * value:.1f}" for value in [*found, float(np.mean(found))]]
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
+def _methods_table(group: Group) -> list[str]:
+    rows: list[list[object]] = [
+        ["base model", *_by_task(group, "base"), group.estimate("base").cell(), "", ""]
+    ]
+    for name in _sorted(group, (n for n in group.names if is_method(n))):
+        estimate = group.estimate(name)
+        difference = [""] * 2
+        if name != REFERENCE and group.seeds(name, REFERENCE):
+            found = group.estimate(name, REFERENCE)
+            difference = [found.cell(sign=True), found.seed_cell(sign=True)]
+        rows.append([name, *_by_task(group, name), estimate.cell(), *difference])
+    rows.append(["own fine-tunes", *_by_task(group, "own"), "100", "", ""])
+    heading = ["method", *group.merged, "average", "normalised [95 %]", "against DC-Merge [95 %]", "by seed"]
+    lines = _table(heading, rows)
+    scales = []
+    for name in _sorted(group, (n for n in group.names if is_method(n))):
+        found_rows = group.rows(name)
+        threads = {row["threads"] for row in found_rows}
+        seconds = float(np.mean([row["merge_seconds"] for row in found_rows]))
+        cells = (_numbers(row[key] for row in found_rows) for key in ("scale", "alignment"))
+        scales.append([name, *cells, f"{seconds:.2f} ({max(threads)})"])
+    heading = ["method", "best λ by seed", "a(λD)", "merge, s (threads)"]
+    return [*lines, "", *_table(heading, scales)]
+
+
+def _alignment(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """Feature maps and learned forms: one column per form, the control first."""
+    lines = ["## Alignment of features", "", ALIGNMENT, ""]
+    for kind, title in KINDS.items():
+        group = groups.get(("pypi", kind))
+        if group is None:
+            continue
+        methods = [
+            n for n in group.names if f"{n} + rotation" in group.names or f"{n} + learned" in group.names
         ]
+        forms = ["rotation", "ridge", "learned", "rotation + learned", "ridge + learned"]
+        forms = [f for f in forms if any(f"{m} + {f}" in group.names for m in methods)]
+        if not forms:
+            continue
+        rows = []
+        for method in ["base", *_sorted(group, methods)]:
+            row: list[object] = [method if method != "base" else "base model, nothing merged (control)"]
+            row.append(group.estimate(method).seed_cell())
+            for form in forms:
+                name = f"{method} + {form}"
+                if name not in group.names:
+                    row.append("")
+                    continue
+                estimate = group.estimate(name)
+                gain = (
+                    estimate.value - group.estimate("base", seeds=estimate.seeds).value
+                    if method == "base"
+                    else group.estimate(name, method).value
+                )
+                row.append(f"{estimate.seed_cell()} ({100 * gain:+.1f})")
+            rows.append(row)
+        others = [n for n in group.names if n.startswith("adamerging")]
+        rows += [[n, group.estimate(n).seed_cell(), *[""] * len(forms)] for n in others]
+        lines += [f"### {title[0].upper()}{title[1:]}", "", *_table(["method", "plain", *forms], rows), ""]
+        ablations = [n for n in group.names if "+ learned " in n]
+        if ablations:
+            rows = []
+            for name in sorted(ablations):
+                plain, option = name.split(" + learned ")
+                found = group.estimate(name, plain)
+                stopped = "; ".join(str(row["stopped"] or "") for row in group.rows(name))
+                full = f"{plain} + learned"
+                against = group.estimate(name, full).cell(sign=True) if group.seeds(name, full) else ""
+                rows.append([plain, option, found.cell(sign=True), against, stopped])
+            heading = [
+                "start",
+                "changed option",
+                "against the start [95 %]",
+                "against the defaults",
+                "stopped",
+            ]
+            lines += ["Options of the learned form, normalised accuracy:", "", *_table(heading, rows), ""]
+    return lines if len(lines) > 4 else []
+
+
+def _more_tasks(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
+    lines = ["## Number of tasks", "", f"![normalised accuracy against T]({folder}/number.svg)", "", MORE, ""]
+    for kind, title in KINDS.items():
+        found = {len(g.merged): g for (s, k), g in groups.items() if k == kind and not g.unseen}
+        if len(found) < 2:
+            continue
+        largest = found[max(found)]
+        rows = []
+        for name in _sorted(largest, (n for n in largest.names if is_method(n))):
+            cells = [
+                found[t].estimate(name, seeds=[s for s in found[t].seeds(name) if s == 0]).cell()
+                if 0 in found[t].seeds(name)
+                else ""
+                for t in sorted(found)
+            ]
+            rows.append([name, *cells])
+        heading = ["method", *(f"T = {t}" for t in sorted(found))]
+        base = ["base model", *(found[t].estimate("base", seeds=[0]).cell() for t in sorted(found))]
+        lines += [f"### {title[0].upper()}{title[1:]}", "", *_table(heading, [base, *rows]), ""]
+    return lines if len(lines) > 6 else []
+
+
+def _unseen(groups: dict[tuple[str, str], Group]) -> list[str]:
+    lines = ["## Unseen tasks", "", UNSEEN, ""]
+    for (_, kind), group in groups.items():
+        if not group.unseen:
+            continue
+        rows: list[list[object]] = []
+        for name in ["base", *_sorted(group, (n for n in group.names if is_method(n))), "own"]:
+            cells = [group.estimate(name, tasks=[t], normalised=False).seed_cell() for t in group.unseen]
+            unseen = group.estimate(name, tasks=group.unseen, normalised=False)
+            gain = (
+                group.estimate(name, "base", tasks=group.unseen, normalised=False).cell(sign=True)
+                if name != "base"
+                else ""
+            )
+            seen = group.estimate(name).cell()
+            rows.append([name, seen, *cells, f"{100 * unseen.value:.2f}", gain])
+        heading = ["method", "six merged, normalised", *group.unseen, "unseen, accuracy", "against the base"]
+        title = f"### {KINDS[kind][0].upper()}{KINDS[kind][1:]}, unseen: {' and '.join(group.unseen)}"
+        lines += [title, "", *_table(heading, rows), ""]
+    return lines if len(lines) > 4 else []
+
+
+def _study(
+    groups: dict[tuple[str, str], Group],
+    title: str,
+    text: str,
+    prefix: str,
+    plain: str,
+    ends: tuple[str, ...],
+) -> list[str]:
+    """A table of settings of one method against its row with the defaults."""
+    lines = [f"## {title}", "", text, ""]
+    for (task_set, kind), group in groups.items():
+        names = [
+            n
+            for n in group.names
+            if n.startswith(f"{prefix} ") and any(e in n.removeprefix(prefix) for e in ends)
+        ]
+        names = [n for n in names if "+" not in n]
+        if not names or plain not in group.names:
+            continue
+        rows: list[list[object]] = [[plain, group.estimate(plain).cell(), "", ""]]
+        for name in _sorted(group, names):
+            found = group.estimate(name, plain)
+            rows.append(
+                [name, group.estimate(name).cell(), found.cell(sign=True), found.seed_cell(sign=True)]
+            )
+        heading = ["setting", "normalised [95 %]", f"against {plain} [95 %]", "by seed"]
+        lines += [f"{KINDS[kind]}, {task_set} (T = {len(group.merged)}):", "", *_table(heading, rows), ""]
+    return lines if len(lines) > 4 else []
+
+
+def _best(row: Row) -> float:
+    return max(point["normalised"] for point in row["curve"])
+
+
+def _validation_study(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """Settings that are compared on validation texts alone."""
+    names: dict[str, None] = {}
+    columns: list[tuple[str, Group, int]] = []
+    for (task_set, kind), group in groups.items():
+        for seed, run in group.runs.items():
+            found = [n for n, row in run["rows"].items() if n != "own" and "test" not in row]
+            if found:
+                columns.append((f"{kind} {task_set} {seed}", group, seed))
+                names |= dict.fromkeys(found)
+    if not names:
+        return []
+    compared = [*names, *(n for n in ("tsv_m", "iso_c", "iso_cts", "dc_merge") if n not in names)]
+    rows = []
+    for name in compared:
+        values = [
+            _best(group.runs[seed]["rows"][name]) if name in group.runs[seed]["rows"] else None
+            for _, group, seed in columns
+        ]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(values) else None
+        rows.append((name, values, mean))
+    rows.sort(key=lambda row: (row[2] is not None, row[2] or 0.0), reverse=True)
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.2f}"
+
+    heading = ["setting", *(title for title, _, _ in columns), "mean"]
+    table = _table(heading, ([name, *map(cell, values), cell(mean)] for name, values, mean in rows))
+    return ["## The whitened rule: exponents, ridge, combinations", "", WHITENED, "", *table, ""]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for λ: what is held constant. `of(run, row)` is that quantity at λ = 1."""
+
+    name: str
+    of: Any
+
+    def regret(self, row: Row, unit: float, constant: float) -> float:
+        """Validation accuracy lost against the row's best: over log λ, beyond the scan along its end."""
+        curve = row["curve"]
+        x = np.log([point["scale"] for point in curve])
+        y = np.array([point["normalised"] for point in curve])
+        at = float(np.log(constant / unit))
+        value = float(np.interp(at, x, y))
+        if at < x[0]:
+            value -= max(0.0, float((y[1] - y[0]) / (x[1] - x[0]))) * float(x[0] - at)
+        elif at > x[-1]:
+            value -= max(0.0, float((y[-2] - y[-1]) / (x[-1] - x[-2]))) * float(at - x[-1])
+        return float(y.max()) - value
+
+
+def _norms(run: dict[str, Any]) -> Floats:
+    return np.array(run["rows"]["own"]["norms"][: len(run["about"]["merged"])])
+
+
+RULES = (
+    Rule("λ", lambda run, row: 1.0),
+    Rule("a(λD)", lambda run, row: row["alignment"] / row["scale"]),
+    Rule("‖λD‖ / √mean ‖D_t‖²", lambda run, row: _norm(row) / float(np.sqrt((_norms(run) ** 2).mean()))),
+    Rule("‖λD‖ / √Σ ‖D_t‖²", lambda run, row: _norm(row) / float(np.sqrt((_norms(run) ** 2).sum()))),
+    Rule("‖λD‖ / ‖W_0‖", lambda run, row: _norm(row) / run["rows"]["own"]["base_norm"]),
+)
+
+
+def _norm(row: Row) -> float:
+    return float(row["norm"] / row["scale"])
+
+
+def scale_cases(groups: dict[tuple[str, str], Group]) -> list[tuple[str, str, int, str, dict[str, Any], Row]]:
+    """(set, kind, seed, method, run, row) of every scan of the tables' methods."""
+    return [
+        (task_set, kind, seed, name, run, run["rows"][name])
+        for (task_set, kind), group in groups.items()
+        for seed, run in group.runs.items()
+        for name in run["rows"]
+        if is_method(name) and run["rows"][name].get("curve") and "test" in run["rows"][name]
+        if "norm" in run["rows"][name]
+    ]
+
+
+def best_constant(rule: Rule, cases: Sequence[tuple[dict[str, Any], Row]]) -> float:
+    """The constant of a rule that loses least on average over these scans."""
+    units = [rule.of(run, row) for run, row in cases]
+    bounds = [
+        (np.log(row["curve"][0]["scale"] * unit), np.log(row["curve"][-1]["scale"] * unit))
+        for (_, row), unit in zip(cases, units, strict=True)
+    ]
+    grid = np.exp(np.linspace(min(b[0] for b in bounds), max(b[1] for b in bounds), 400))
+    losses = [
+        sum(rule.regret(row, unit, c) for (_, row), unit in zip(cases, units, strict=True)) for c in grid
+    ]
+    return float(grid[int(np.argmin(losses))])
+
+
+def _scales(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
+    """The regret of rules for λ, constants from seed 0 of eight tasks, applied everywhere."""
+    cases = scale_cases(groups)
+    if not any(case[0] == "pypi" and case[2] == 0 for case in cases):
+        return []
+    lines = ["## Scale", "", f"![accuracy against λ and a(λD)]({folder}/scale.svg)", "", SCALE, ""]
+    settings = sorted(
+        {(kind, task_set) for task_set, kind, *_ in cases}, key=lambda s: (s[0], len(s[1]), s[1])
     )
+    rows = []
+    for both in (False, True):
+        for rule in RULES:
+            constants = {}
+            for kind in KINDS:
+                fit = [
+                    (run, row)
+                    for s, k, seed, _, run, row in cases
+                    if s == "pypi" and seed == 0 and (both or k == kind)
+                ]
+                if fit:
+                    constants[kind] = best_constant(rule, fit)
+            losses: dict[tuple[str, str], list[float]] = {}
+            for task_set, kind, _, _, run, row in cases:
+                if kind in constants:
+                    loss = rule.regret(row, rule.of(run, row), constants[kind])
+                    losses.setdefault((kind, task_set), []).append(loss)
+            everything = [loss for found in losses.values() for loss in found]
+            shown = " / ".join(f"{c:.2f}" for c in dict.fromkeys(constants.values()))
+            rows.append(
+                [
+                    rule.name,
+                    shown,
+                    *(
+                        f"{100 * np.mean(losses[s]):.2f} ({100 * np.max(losses[s]):.1f})"
+                        if s in losses
+                        else ""
+                        for s in settings
+                    ),
+                    f"{100 * np.mean(everything):.2f} ({100 * np.max(everything):.1f})",
+                ]
+            )
+    heading = ["held constant", "at (full / LoRA)", *(f"{kind} {s}" for kind, s in settings), "all"]
+    lines += [*_table(heading, rows), ""]
+    lines += ["Alignment target a(λD) that loses least, by method and setting:", ""]
+    names = sorted({name for *_, name, _, _ in cases})
+    table = []
+    for name in names:
+        cells = []
+        for kind, task_set in settings:
+            fit = [(run, row) for s, k, _, n, run, row in cases if (k, s, n) == (kind, task_set, name)]
+            cells.append(f"{best_constant(RULES[1], fit):.2f}" if fit else "")
+        table.append([name, *cells])
+    return [*lines, *_table(["method", *(f"{k} {s}" for k, s in settings)], table), ""]
+
+
+def _directions(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
+    if not any(
+        "similarity" in row for g in groups.values() for r in g.runs.values() for row in r["rows"].values()
+    ):
+        return []
+    figure = f"![Δ_ETF and DirSim against accuracy]({folder}/directions.svg)"
+    return ["## Directions and accuracy", "", figure, "", DIRECTIONS, ""]
+
+
+STUDY_TABLES = (
+    ("MDA's frame", "", "mda", "mda", ("blocks", "canonical", "random")),
+    ("MDA's rank fraction", "", "mda", "mda", ("fraction",)),
+    ("DC-Merge's filter and block mask", "", "dc_merge", "dc_merge", ("keep", "mask")),
+    ("DC-Merge's energy balancing", "", "dc_merge", "dc_merge", ("none", "average", "linear")),
+)
+HEADING = ""
+ALIGNMENT = MORE = UNSEEN = WHITENED = SCALE = DIRECTIONS = ""
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

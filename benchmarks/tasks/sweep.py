@@ -7,63 +7,26 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.tasks.experiments import START, TARGETS, Post, Variant
 from dirmerge.demo.evaluate import Probe, correct
+from dirmerge.diagnostics.measures import directional_similarity, response
+from dirmerge.linalg import polar
 from dirmerge.lowrank import LowRank
 from dirmerge.methods import Tasks, get_method, merge_tasks
+from dirmerge.methods.common import Factors, factor_tasks, kept_ranks
+from dirmerge.methods.dc_merge import balanced
+from dirmerge.methods.mda import column_signs
+from dirmerge.ops import etf_project
 from dirmerge.scale import alignment_terms
 
-# name → (method, options). Defaults follow the input: smoothing and rank differ between the two settings.
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    "average": ("average", {}),
-    "task_arithmetic": ("task_arithmetic", {}),
-    "ties": ("ties", {}),
-    "wudi": ("wudi", {}),
-    "tsv_m": ("tsv_m", {}),
-    "mda": ("mda", {}),
-    "iso_c": ("iso_c", {}),
-    "iso_cts": ("iso_cts", {}),
-    "dc_merge": ("dc_merge", {}),
-    "whitened": ("whitened", {}),
-}
-# WUDI by Adam makes adapters dense and takes a hundred times longer than its exact minimiser.
-ADAPTER_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    **{name: variant for name, variant in VARIANTS.items() if name != "wudi"},
-    "wudi (exact)": ("wudi", {"solver": "exact"}),
-    "dc_merge (linear)": ("dc_merge", {"smoothing": "linear"}),
-}
-# What other settings of a method would do; `--study` runs them beside the tables' rows. Multiples of the rank
-# as keep: entries per task over d², d = 384 and r = 48 for most full matrices, 128 and 16 for adapters.
-STUDIES: dict[str, dict[str, dict[str, tuple[str, dict[str, object]]]]] = {
-    "frames": {
-        kind: {f"mda {frame}": ("mda", {"frame": frame}) for frame in ("blocks", "canonical", "random")}
-        for kind in ("full", "lora")
-    },
-    "keep": {
-        kind: {f"dc_merge keep {k}r": ("dc_merge", {"keep": k * r / d**2}) for k in (1, 3, 10, 30)}
-        for kind, r, d in (("full", 48, 384), ("lora", 16, 128))
-    },
-    "whitened": {
-        kind: {
-            f"whitened {a} {b} {ridge}": (
-                "whitened",
-                {"left_exponent": a, "right_exponent": b, "ridge": ridge},
-            )
-            for a, b, ridge in ((1.0, 1.0, 0.03), (1.5, 1.5, 0.0), (1.5, 1.5, 0.03), (2.0, 2.0, 0.1))
-        }
-        for kind in ("full", "lora")
-    },
-}
-# Scales are scanned as alignment targets a(λD): raw λ of equal quality differ tenfold between methods.
-TARGETS = {
-    "lora": (0.06, 0.09, 0.13, 0.18, 0.24, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75),
-    "full": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3),
-}
-START = {"lora": 0.36, "full": 0.8}
+if TYPE_CHECKING:
+    from benchmarks.tasks.setting import Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +36,7 @@ class FineTunes:
     kind: str
     tasks: tuple[str, ...]
     deltas: Mapping[str, list[Tensor | LowRank]]
+    _factors: dict[str, Factors] = dataclasses.field(default_factory=dict, repr=False)
 
     def of(self, name: str) -> Tasks:
         """The deltas of one tensor as the methods take them."""
@@ -84,7 +48,32 @@ class FineTunes:
     def single(self, t: int) -> Merge:
         """The update that makes the base task t's own fine-tune."""
         own = {name: deltas[t] for name, deltas in self.deltas.items()}
-        return Merge({k: d.dense() if isinstance(d, LowRank) else d for k, d in own.items()}, {}, 1.0, 0.0)
+        return Merge({k: d.dense() if isinstance(d, LowRank) else d for k, d in own.items()})
+
+    def factors(self, name: str) -> Factors:
+        """The tasks' leading singular triplets of one matrix, ⌊p/T⌋ or the adapter's rank, computed once."""
+        if name not in self._factors:
+            tasks = self.of(name)
+            self._factors[name] = factor_tasks(tasks, kept_ranks(tasks), "exact", 1e-2, 0)
+        return self._factors[name]
+
+    def truncated(self, balance: str | None = None) -> FineTunes:
+        """The same with every matrix cut to its leading triplets, which spares each study their SVD.
+
+        Args:
+            balance: DC-Merge's smoothing of the singular values, none by default.
+        """
+        deltas: dict[str, list[Tensor | LowRank]] = {}
+        for name, parts in self.deltas.items():
+            if len(parts[0].shape) != 2:
+                deltas[name] = parts
+                continue
+            f = self.factors(name)
+            deltas[name] = [
+                LowRank(f.u[:, block] * (s if balance is None else balanced(s, balance)), None, f.v[:, block])
+                for block, s in zip(f.blocks(), f.s, strict=True)
+            ]
+        return FineTunes(self.kind, self.tasks, deltas)
 
 
 def load_finetunes(kind: str, folders: Mapping[str, Path], base: Mapping[str, Tensor]) -> FineTunes:
@@ -108,34 +97,76 @@ def load_finetunes(kind: str, folders: Mapping[str, Path], base: Mapping[str, Te
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """A method's update: `scaled` is multiplied by λ, `fixed` (means of vectors) is not; a(D) is of λ = 1."""
+    """A method's update, at λ = 1.
+
+    Attributes:
+        scaled: per tensor what λ multiplies.
+        fixed: means of vectors, which it does not.
+        alignment: a(D) over all matrices.
+        norm: ‖D‖_F over all matrices.
+        similarity: DirSim, mean over matrices and tasks.
+        seconds: of the merging alone.
+    """
 
     scaled: Mapping[str, Tensor]
-    fixed: Mapping[str, Tensor]
-    alignment: float
-    seconds: float
+    fixed: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    alignment: float = 1.0
+    norm: float = 0.0
+    similarity: float = 0.0
+    seconds: float = 0.0
 
 
-def merge(finetunes: FineTunes, method: str, options: Mapping[str, object]) -> Merge:
+def merge(finetunes: FineTunes, variant: Variant) -> Merge:
     """Merges all tensors by a method; those that are no matrices get the mean, unless it works entrywise."""
     scaled: dict[str, Tensor] = {}
     fixed: dict[str, Tensor] = {}
-    numerator = denominator = seconds = 0.0
+    numerator = denominator = energy = seconds = 0.0
+    similarities: list[float] = []
     ones = [1.0] * len(finetunes.tasks)
+    source = finetunes.truncated(variant.balance) if variant.truncated else finetunes
     for name in finetunes.deltas:
-        tasks = finetunes.of(name)
+        tasks = source.of(name)
         matrix = len(tasks.shape) == 2
         start = time.perf_counter()
-        if matrix or get_method(method).elementwise:
-            merged = merge_tasks(tasks, method, ones, dict(options))
+        if matrix or get_method(variant.method).elementwise:
+            merged = merge_tasks(tasks, variant.method, ones, dict(variant.options))
             scaled[name] = merged.dense()
         else:
             fixed[name] = torch.stack([tasks.dense(t) for t in range(len(tasks))]).mean(0)
         seconds += time.perf_counter() - start
         if matrix:
-            terms = alignment_terms(tasks, merged)
+            factors = finetunes.factors(name)
+            if variant.post is not None:
+                scaled[name] = _afterwards(scaled[name], factors, variant.post)
+                merged = dataclasses.replace(merged, value=scaled[name])
+            merged.factors = factors
+            terms = alignment_terms(finetunes.of(name), merged)
             numerator, denominator = numerator + terms[0], denominator + terms[1]
-    return Merge(scaled, fixed, numerator / denominator, seconds)
+            energy += float(scaled[name].square().sum(dtype=torch.float64))
+            found = response(merged.value, factors.u, factors.v)
+            similarities += [directional_similarity(found, block) for block in factors.blocks()]
+    mean_similarity = sum(similarities) / len(similarities)
+    return Merge(scaled, fixed, numerator / denominator, energy**0.5, mean_similarity, seconds)
+
+
+def _afterwards(delta: Tensor, factors: Factors, post: Post) -> Tensor:
+    """What a study does with a merged update: MDA's centring on the shared frame, or more whitening.
+
+    A method that aggregates in polar frames has exponent 1 on each side; (UUᵀ + εI)^(−x/2) on the left and
+    the same with V on the right, on their spans, make it 1 + x.
+    """
+    if post.centre:
+        q = polar(factors.u, complete=False).q * column_signs(factors.u)
+        outside = delta - q @ (q.mT @ delta)
+        delta = outside + q @ etf_project(q.mT @ delta)
+    for bases, exponent, side in ((factors.u, post.left, 0), (factors.v, post.right, 1)):
+        if exponent:
+            basis, s, _ = torch.linalg.svd(bases.double(), full_matrices=False)
+            kept = s > 1e-6 * s[0]
+            basis, powers = basis[:, kept], (s[kept].square() + post.ridge) ** (-exponent / 2)
+            root = ((basis * powers) @ basis.mT).to(delta.dtype)
+            delta = root @ delta if side == 0 else delta @ root
+    return delta
 
 
 @torch.no_grad()
@@ -162,44 +193,31 @@ def mean(bits: str) -> float:
     return bits.count("1") / len(bits)
 
 
-def scan(
-    model: torch.nn.Module,
-    base: Mapping[str, Tensor],
-    update: Merge,
-    kind: str,
-    validation: Sequence[Probe],
-    own: Mapping[str, float],
-    *,
-    bf16: bool,
-) -> list[dict[str, float]]:
+def scan(setting: Setting, update: Merge) -> list[dict[str, float]]:
     """Normalised validation accuracy over alignment targets, outwards from the usual one.
 
     Each direction ends after two targets in a row that are below the best one so far.
 
     Args:
-        model: any encoder of the base's shape; its weights are overwritten.
-        base: the base model's tensors.
+        setting: the model, whose weights are overwritten, the texts, and each task's own accuracy.
         update: the merge.
-        kind: lora or full, which chooses the grid.
-        validation: the probes.
-        own: each task's own fine-tune's validation accuracy.
-        bf16: run under bfloat16 autocast.
 
     Returns:
         Rows of alignment (the target), scale (λ) and normalised accuracy, in the order of the targets.
     """
     rows: dict[float, dict[str, float]] = {}
+    own = setting.own_accuracy("validation")
 
     def measure(target: float) -> float:
         scale = target / update.alignment
-        set_weights(model, base, update, scale)
-        hits = evaluate(model, validation, bf16=bf16)
+        set_weights(setting.model, setting.base, update, scale)
+        hits = evaluate(setting.model, setting.validation, bf16=setting.bf16)
         normalised = sum(mean(bits) / own[name] for name, bits in hits.items()) / len(hits)
         rows[target] = {"alignment": target, "scale": scale, "normalised": normalised}
         return normalised
 
-    grid = TARGETS[kind]
-    start = grid.index(START[kind])
+    grid = TARGETS[setting.kind]
+    start = grid.index(START[setting.kind])
     best = measure(grid[start])
     for side in (grid[start + 1 :], grid[:start][::-1]):
         below = 0

@@ -423,9 +423,43 @@ def test_dc_merge_says_when_its_filter_keeps_next_to_nothing(generator):
     loras = adapters(generator, 200, 150, ranks=(16, 16, 16))
     record = dirmerge.merge_deltas(loras, "dc_merge").record
     assert any(
-        "keeps 2 entries per task, fewer than the rank 16: raise keep" in note for note in record.notes
+        "keeps 2 entries per task, fewer than the rank 16: set keep_per_rank" in note for note in record.notes
     )
     assert not dirmerge.merge_deltas(loras, "dc_merge", keep=0.01).record.notes
+    assert not dirmerge.merge_deltas(loras, "dc_merge", keep_per_rank=3).record.notes
+
+
+def test_dc_merge_keeps_a_multiple_of_each_task_s_rank(generator):
+    loras = adapters(generator, ranks=(3, 5, 4))
+    equal = adapters(generator, ranks=(4, 4, 4))
+    got = dirmerge.merge_deltas(equal, "dc_merge", keep_per_rank=2.5)
+    wanted = dirmerge.merge_deltas(equal, "dc_merge", keep=10 / 144)
+    assert torch.equal(got.dense(), wanted.dense())
+    assert got.record.options["keep_per_rank"] == 2.5
+    assert "keep" not in got.record.options
+    # Each task's own rank counts: with one entry per direction, task t has r_t entries in the whole core.
+    alone = [
+        int((dirmerge.merge_deltas([d], "dc_merge", keep_per_rank=1).low_rank().core != 0).sum())
+        for d in loras
+    ]
+    assert alone == [3, 5, 4]
+
+
+def test_dc_merge_without_its_block_mask(generator):
+    deltas = [d.dense() for d in adapters(generator, 20, 16, ranks=(4, 4))]
+    got = dirmerge.merge_deltas(deltas, "dc_merge", keep=1.0, rank=4, block_mask=False).dense()
+    bases = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
+    left, right = (
+        polar(torch.cat([part[:, :4] for part in side], 1))
+        for side in zip(*[(u, vh.mT) for u, _, vh in bases], strict=True)
+    )
+    cores = torch.stack([left.mT @ (u[:, :4] * s[:4]) @ vh[:4] @ right for u, s, vh in bases])
+    sign = cores.sum(0).sign()
+    agree = cores.sign() == sign
+    elected = (cores * agree).sum(0) / agree.sum(0).clamp(min=1)
+    assert torch.allclose(got, left @ elected @ right.mT, atol=1e-10)
+    masked = dirmerge.merge_deltas(deltas, "dc_merge", keep=1.0, rank=4).dense()
+    assert not torch.allclose(got, masked, atol=1e-3)
 
 
 def test_merged_delta_scale_and_alignment(generator):
@@ -474,6 +508,8 @@ def test_lazy_tasks_hold_one_delta_at_a_time(generator):
         ("dc_merge", {"smoothing": "some"}, "smoothing"),
         ("dc_merge", {"keep": 0.0}, "keep"),
         ("dc_merge", {"keep": 1.5}, "keep"),
+        ("dc_merge", {"keep": 0.1, "keep_per_rank": 3.0}, "give one of them"),
+        ("dc_merge", {"keep_per_rank": 0.0}, "keep_per_rank"),
         ("dc_merge", {"rho": 3.0}, "rho belongs to smoothing='linear'"),
         ("dc_merge", {"smoothing": "linear", "rho": 0.5}, "rho"),
         ("dc_merge", {"rank": 0}, "rank"),
