@@ -230,24 +230,6 @@ def test_a_rule_loses_nothing_at_its_best_and_the_constant_is_found() -> None:
     assert losses[1] == pytest.approx(np.log(4), rel=0.1)
 
 
-def test_which_rows_are_methods() -> None:
-    assert [
-        n
-        for n in (
-            "mda",
-            "mda blocks",
-            "dc_merge average",
-            "average",
-            "tsv_m + ridge",
-            "wudi (exact)",
-            "adamerging (task-wise)",
-            "dc_merge keep 3r",
-            "dc_merge no block mask",
-        )
-        if report.is_method(n)
-    ] == ["mda", "average", "wudi (exact)"]
-
-
 @pytest.fixture
 def tiny(tiny_encoder, tmp_path, monkeypatch):
     """A function that makes a setting of two tasks, adapters of a tiny encoder trained for some steps."""

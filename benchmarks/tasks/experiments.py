@@ -140,8 +140,8 @@ def _white(a: float, b: float, ridge: float, **more: Any) -> Variant:
 
 def _whitened(kind: str) -> dict[str, Variant]:
     """Exponents and ridges; (1, 1, 0) is TSV-M."""
-    grid = [(a, a, e) for a in (1.0, 1.5, 2.0) for e in (0.0, 0.03, 0.1)]
-    grid += [(2.0, 1.5, e) for e in (0.0, 0.01, 0.03, 0.1)] + [(1.5, 2.0, 0.03), (1.5, 1.0, 0.03)]
+    grid = [(1.0, 1.0, 0.03), (1.5, 1.0, 0.03)]
+    grid += [(a, b, e) for a, b in ((1.5, 1.5), (2.0, 1.5), (2.0, 2.0)) for e in (0.0, 0.03, 0.1)]
     return {f"whitened {a:g} {b:g} {e:g}": _white(a, b, e) for a, b, e in grid}
 
 
@@ -149,7 +149,9 @@ def _combined(kind: str) -> dict[str, Variant]:
     """The whitened rule with what the published methods have: balancing, centring, DC-Merge's aggregation."""
     further = Post(left=1.0, right=0.5, ridge=0.03)
     rows = {
-        f"whitened {balance}": _white(2.0, 1.5, 0.03, balance=balance) for balance in ("average", "linear")
+        f"whitened {a:g} {b:g} 0.03 {balance}": _white(a, b, 0.03, balance=balance)
+        for balance in ("average", "linear")
+        for a, b in ((1.0, 1.0), (1.5, 1.5), (2.0, 1.5))
     }
     rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)

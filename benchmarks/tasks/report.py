@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tasks import plots
+from benchmarks.tasks.experiments import STUDIES, TABLES
 from benchmarks.tasks.store import FOLDER, Row, read, unpack
 
 REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
 KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
-# Rows of the tables that are not methods of their own: settings, maps, learned forms.
-_MARKS = ("+", "keep", "linear", "fraction", "mask", "adamerging")
-SETTINGS = ("none", "average", "blocks", "canonical", "random")
+METHODS = {name for rows in TABLES.values() for name in rows}
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -150,12 +149,6 @@ def write(folder: Path = FOLDER) -> None:
     (folder.parent / f"{folder.name}.md").write_text(page, encoding="utf-8")
 
 
-def is_method(name: str) -> bool:
-    """Whether a row is one of the tables' methods, not a setting, map or learned form."""
-    last = name.split()[-1]
-    return not any(mark in name for mark in _MARKS) and (last == name or last not in SETTINGS)
-
-
 def _page(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
     lines = [HEADING]
     for kind, title in KINDS.items():
@@ -189,7 +182,7 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 
 
 def _sorted(group: Group, names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: group.estimate(name).value)
+    return sorted(names, key=lambda name: (group.estimate(name).value, name))
 
 
 def _by_task(group: Group, name: str) -> list[str]:
@@ -206,7 +199,7 @@ def _methods_table(group: Group) -> list[str]:
     rows: list[list[object]] = [
         ["base model", *_by_task(group, "base"), group.estimate("base").cell(), "", ""]
     ]
-    for name in _sorted(group, (n for n in group.names if is_method(n))):
+    for name in _sorted(group, METHODS & {*group.names}):
         estimate = group.estimate(name)
         difference = [""] * 2
         if name != REFERENCE and group.seeds(name, REFERENCE):
@@ -217,7 +210,7 @@ def _methods_table(group: Group) -> list[str]:
     heading = ["method", *group.merged, "average", "normalised [95 %]", "against DC-Merge [95 %]", "by seed"]
     lines = _table(heading, rows)
     scales = []
-    for name in _sorted(group, (n for n in group.names if is_method(n))):
+    for name in _sorted(group, METHODS & {*group.names}):
         found_rows = group.rows(name)
         threads = {row["threads"] for row in found_rows}
         seconds = float(np.mean([row["merge_seconds"] for row in found_rows]))
@@ -290,7 +283,7 @@ def _more_tasks(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
             continue
         largest = found[max(found)]
         rows = []
-        for name in _sorted(largest, (n for n in largest.names if is_method(n))):
+        for name in _sorted(largest, METHODS & {*largest.names}):
             cells = [
                 found[t].estimate(name, seeds=[s for s in found[t].seeds(name) if s == 0]).cell()
                 if 0 in found[t].seeds(name)
@@ -310,7 +303,7 @@ def _unseen(groups: dict[tuple[str, str], Group]) -> list[str]:
         if not group.unseen:
             continue
         rows: list[list[object]] = []
-        for name in ["base", *_sorted(group, (n for n in group.names if is_method(n))), "own"]:
+        for name in ["base", *_sorted(group, METHODS & {*group.names}), "own"]:
             cells = [group.estimate(name, tasks=[t], normalised=False).seed_cell() for t in group.unseen]
             unseen = group.estimate(name, tasks=group.unseen, normalised=False)
             gain = (
@@ -326,31 +319,18 @@ def _unseen(groups: dict[tuple[str, str], Group]) -> list[str]:
     return lines if len(lines) > 4 else []
 
 
-def _study(
-    groups: dict[tuple[str, str], Group],
-    title: str,
-    text: str,
-    prefix: str,
-    plain: str,
-    ends: tuple[str, ...],
-) -> list[str]:
+def _study(groups: dict[tuple[str, str], Group], study: str, title: str, plain: str, text: str) -> list[str]:
     """A table of settings of one method against its row with the defaults."""
     lines = [f"## {title}", "", text, ""]
     for (task_set, kind), group in groups.items():
-        names = [
-            n
-            for n in group.names
-            if n.startswith(f"{prefix} ") and any(e in n.removeprefix(prefix) for e in ends)
-        ]
-        names = [n for n in names if "+" not in n]
+        names = [name for name in STUDIES[study](kind) if name in group.names]
         if not names or plain not in group.names:
             continue
         rows: list[list[object]] = [[plain, group.estimate(plain).cell(), "", ""]]
         for name in _sorted(group, names):
             found = group.estimate(name, plain)
-            rows.append(
-                [name, group.estimate(name).cell(), found.cell(sign=True), found.seed_cell(sign=True)]
-            )
+            cells = found.cell(sign=True), found.seed_cell(sign=True)
+            rows.append([name, group.estimate(name).cell(), *cells])
         heading = ["setting", "normalised [95 %]", f"against {plain} [95 %]", "by seed"]
         lines += [f"{KINDS[kind]}, {task_set} (T = {len(group.merged)}):", "", *_table(heading, rows), ""]
     return lines if len(lines) > 4 else []
@@ -437,7 +417,7 @@ def scale_cases(groups: dict[tuple[str, str], Group]) -> list[tuple[str, str, in
         for (task_set, kind), group in groups.items()
         for seed, run in group.runs.items()
         for name in run["rows"]
-        if is_method(name) and run["rows"][name].get("curve") and "test" in run["rows"][name]
+        if name in METHODS and run["rows"][name].get("curve") and "test" in run["rows"][name]
         if "norm" in run["rows"][name]
     ]
 
@@ -521,10 +501,10 @@ def _directions(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
 
 
 STUDY_TABLES = (
-    ("MDA's frame", "", "mda", "mda", ("blocks", "canonical", "random")),
-    ("MDA's rank fraction", "", "mda", "mda", ("fraction",)),
-    ("DC-Merge's filter and block mask", "", "dc_merge", "dc_merge", ("keep", "mask")),
-    ("DC-Merge's energy balancing", "", "dc_merge", "dc_merge", ("none", "average", "linear")),
+    ("frames", "MDA's frame", "mda", ""),
+    ("fraction", "MDA's rank fraction", "mda", ""),
+    ("keep", "DC-Merge's filter and block mask", "dc_merge", ""),
+    ("balancing", "DC-Merge's energy balancing", "dc_merge", ""),
 )
 HEADING = ""
 ALIGNMENT = MORE = UNSEEN = WHITENED = SCALE = DIRECTIONS = ""

@@ -280,6 +280,34 @@ def test_rotation_target_turns_class_means_and_little_else():
     assert int((torch.linalg.svdvals(found - eye) < 1e-2).sum()) >= D - 4
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_bfloat16_autocast_runs_the_model_narrow_and_everything_else_wide(low_rank):
+    model, merged, chosen = base(), updates(0, low_rank=low_rank), tasks()
+    seen = []
+    handle = model.module.second.register_forward_hook(lambda _, x, y: seen.append((x[0].dtype, y.dtype)))
+    options = LearnOptions(steps=40, lr_rotation=1e-2, min_agreement=0, max_shift=1, bf16=True)
+    found = learn(model, merged, chosen, options, scale=0.3)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    handle.remove()
+    best = min(found.history, key=lambda reading: reading.loss)
+    assert best.loss < found.history[0].loss - 0.03
+    for name in merged:
+        assert found.model.weight(name).dtype == torch.float32
+    for matrix in found.matrices:
+        assert matrix.dtype == torch.float32
+        gram = matrix.double().T @ matrix.double()
+        assert (gram - torch.eye(D, dtype=torch.float64)).norm() < 1e-5
+    # The same run in float32 goes the same way, up to the eight bits of bfloat16.
+    wide = learn(model, merged, chosen, options.model_copy(update={"bf16": False}), scale=0.3)
+    scales = [torch.tensor([run.scales[name][0] for name in merged]) for run in (found, wide)]
+    assert (scales[0] - scales[1]).abs().max() < 0.05
+    assert (scales[1] - 0.3).abs().max() > 0.1
+    # Read without autocast, the features of the learned model are float32 ones.
+    narrow, exact = (read_features(found.model, chosen[0], bf16=bf16) for bf16 in (True, False))
+    assert narrow.dtype == exact.dtype == torch.float32
+    assert 1e-4 < (narrow - exact).norm() / exact.norm() < 2e-2
+
+
 def test_options_and_tasks_are_checked():
     model, merged, chosen = base(), updates(0), tasks()
     with pytest.raises(ValueError, match="different names"):
