@@ -13,29 +13,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.tasks import alignment, report
-from benchmarks.tasks.experiments import PLAN, SETS, STUDIES, VALIDATION_ONLY, Variant, rows_of
-from benchmarks.tasks.setting import Setting
-from benchmarks.tasks.store import FOLDER, Row
+from benchmarks.tasks.experiments import PLAN, STUDIES, VALIDATION_ONLY, Variant, rows_of
+from benchmarks.tasks.setting import Setting, add_arguments, settings
+from benchmarks.tasks.store import Row
 from benchmarks.tasks.sweep import merge, scan, set_weights
-from benchmarks.tasks.train import RECIPES
-from dirmerge.demo.sources import Archives
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=["pypi"])
-    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    add_arguments(parser)
     parser.add_argument("--study", choices=STUDIES, help="these settings instead of the tables' methods")
     parser.add_argument("--methods", nargs="+", help="only these rows; default all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--accept-changed", action="store_true", help="Debian tasks of another release")
     parser.add_argument("--all", action="store_true", help="everything, whatever else is said")
     arguments = parser.parse_args(argv)
     if arguments.all:
@@ -44,18 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for words in PLAN:
             {"merge": main, "align": alignment.main}[words.split()[0]]([*words.split()[1:], *common])
         return
-    torch.set_num_threads(arguments.threads)
-    archives = Archives()
-    archives.fetch()
-    for name in arguments.sets:
-        for kind in arguments.kinds:
-            for seed in arguments.seeds:
-                setting = Setting(
-                    name, kind, seed, archives, arguments.out, accept_changed=arguments.accept_changed
-                )
-                rows = rows_of(arguments.study, kind)
-                for row in arguments.methods or rows:
-                    measure(setting, row, rows[row], test=arguments.study not in VALIDATION_ONLY)
+    for setting in settings(arguments):
+        rows = rows_of(arguments.study, setting.kind)
+        for row in arguments.methods or rows:
+            measure(setting, row, rows[row], test=arguments.study not in VALIDATION_ONLY)
     report.write(arguments.out)
 
 

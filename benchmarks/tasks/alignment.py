@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.tasks import report
-from benchmarks.tasks.experiments import SETS, TABLES
-from benchmarks.tasks.setting import Setting
-from benchmarks.tasks.store import FOLDER, Row, pack
+from benchmarks.tasks.experiments import TABLES
+from benchmarks.tasks.setting import Setting, add_arguments, settings
+from benchmarks.tasks.store import Row, pack
 from benchmarks.tasks.sweep import Merge, merge, set_weights
-from benchmarks.tasks.train import RECIPES
 from dirmerge.alignment import (
     AlignmentTask,
     Head,
@@ -41,7 +40,6 @@ from dirmerge.alignment import (
 from dirmerge.alignment.maps import fit_task
 from dirmerge.demo.evaluate import Probe
 from dirmerge.demo.model import LOGIT_SCALE, collate, embed
-from dirmerge.demo.sources import Archives
 from dirmerge.linalg import etf_gap
 from dirmerge.lowrank import LowRank
 
@@ -253,45 +251,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks.alignment", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=["pypi"])
-    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    add_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--learn", choices=["none", "mda", "adamerging"], default="none")
     parser.add_argument("--start", choices=["identity", "rotation", "ridge"], default="identity")
     parser.add_argument("--per", choices=["parameter", "block", "model"], default="parameter")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--options", nargs="*", default=[], help="of the learned form, as name=JSON")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--accept-changed", action="store_true", help="Debian tasks of another release")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
     changed = {name: json.loads(value) for name, value in (o.split("=", 1) for o in arguments.options)}
-    archives = Archives()
-    archives.fetch()
-    for name in arguments.sets:
-        for kind in arguments.kinds:
-            for seed in arguments.seeds:
-                bench = Bench(
-                    Setting(
-                        name, kind, seed, archives, arguments.out, accept_changed=arguments.accept_changed
-                    )
-                )
-                options = LearnOptions(
-                    **{"steps": arguments.steps, "per": arguments.per, "seed": seed, **changed}
-                )
-                if arguments.learn == "adamerging":
-                    adamerging_row(bench, options)
-                    continue
-                for method in arguments.methods:
-                    if arguments.learn == "mda":
-                        suffix = "".join(f" {o}" for o in sorted(arguments.options))
-                        learned_row(bench, method, arguments.start, options, suffix)
-                    else:
-                        closed_form_rows(bench, method)
-                if arguments.learn == "none":
-                    closed_form_rows(bench, None)
+    for setting in settings(arguments):
+        bench = Bench(setting)
+        options = LearnOptions(
+            **{"steps": arguments.steps, "per": arguments.per, "seed": setting.seed, **changed}
+        )
+        if arguments.learn == "adamerging":
+            adamerging_row(bench, options)
+            continue
+        for method in arguments.methods:
+            if arguments.learn == "mda":
+                suffix = "".join(f" {o}" for o in sorted(arguments.options))
+                learned_row(bench, method, arguments.start, options, suffix)
+            else:
+                closed_form_rows(bench, method)
+        if arguments.learn == "none":
+            closed_form_rows(bench, None)
     report.write(arguments.out)
 
 

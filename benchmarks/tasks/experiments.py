@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 from benchmarks.tasks import debian
 from dirmerge.demo.data import TASKS
@@ -35,14 +34,12 @@ class Variant:
         method: the method's name.
         options: of the method.
         truncated: start from the leading triplets, which are computed once for all rows of a study.
-        balance: DC-Merge's smoothing of the tasks' singular values, before any method; needs `truncated`.
         post: what is done with the update.
     """
 
     method: str
     options: dict[str, object] = field(default_factory=dict)
     truncated: bool = False
-    balance: Literal["average", "linear"] | None = None
     post: Post | None = None
 
 
@@ -133,9 +130,9 @@ def _balancing(kind: str) -> dict[str, Variant]:
     return rows
 
 
-def _white(a: float, b: float, ridge: float, **more: Any) -> Variant:
-    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge}
-    return Variant("whitened", options, truncated=True, **more)
+def _white(a: float, b: float, ridge: float, smoothing: str = "none", post: Post | None = None) -> Variant:
+    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge, "smoothing": smoothing}
+    return Variant("whitened", options, truncated=True, post=post)
 
 
 def _whitened(kind: str) -> dict[str, Variant]:
@@ -148,14 +145,16 @@ def _whitened(kind: str) -> dict[str, Variant]:
 def _combined(kind: str) -> dict[str, Variant]:
     """The whitened rule with what the published methods have: balancing, centring, DC-Merge's aggregation."""
     further = Post(left=1.0, right=0.5, ridge=0.03)
+    exponents = [(a, b, 0.03) for a, b in ((1.0, 1.0), (1.5, 1.5), (2.0, 1.5), (2.0, 2.0), (2.5, 2.0))]
     rows = {
-        f"whitened {a:g} {b:g} 0.03 {balance}": _white(a, b, 0.03, balance=balance)
-        for balance in ("average", "linear")
-        for a, b in ((1.0, 1.0), (1.5, 1.5), (2.0, 1.5))
+        f"whitened {a:g} {b:g} {e:g} average": _white(a, b, e, smoothing="average")
+        for a, b, e in (*exponents, (2.0, 1.5, 0.0), (2.0, 1.5, 0.1))
     }
+    rows["whitened 2 1.5 0.03 linear"] = _white(2.0, 1.5, 0.03, smoothing="linear")
     rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)
     rows["iso_c whitened"] = Variant("iso_c", post=further)
+    rows["iso_cts whitened"] = Variant("iso_cts", post=further)
     return rows
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,32 @@ from torch import Tensor
 
 from benchmarks.tasks import debian
 from benchmarks.tasks.experiments import SETS
-from benchmarks.tasks.store import Results, Row, pack, unpack
+from benchmarks.tasks.store import FOLDER, Results, Row, pack, unpack
 from benchmarks.tasks.sweep import FineTunes, evaluate, load_finetunes, mean, set_weights
 from benchmarks.tasks.train import RECIPES, train
 from dirmerge.demo.data import TASKS, TaskData, prepare
 from dirmerge.demo.evaluate import Probe, make_probe
 from dirmerge.demo.model import Tokenizer, bfloat16_pays, load_encoder
 from dirmerge.demo.sources import Archives
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that choose settings, for `settings`."""
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["pypi"])
+    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--accept-changed", action="store_true", help="Debian tasks of another release")
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
+    """Every setting that the arguments choose, one after the other."""
+    torch.set_num_threads(arguments.threads)
+    archives = Archives()
+    archives.fetch()
+    for name, kind, seed in itertools.product(arguments.sets, arguments.kinds, arguments.seeds):
+        yield Setting(name, kind, seed, archives, arguments.out, accept_changed=arguments.accept_changed)
 
 
 class Setting:

@@ -20,7 +20,6 @@ from dirmerge.linalg import polar
 from dirmerge.lowrank import LowRank
 from dirmerge.methods import Tasks, get_method, merge_tasks
 from dirmerge.methods.common import Factors, factor_tasks, kept_ranks
-from dirmerge.methods.dc_merge import balanced
 from dirmerge.methods.mda import column_signs
 from dirmerge.ops import etf_project
 from dirmerge.scale import alignment_terms
@@ -57,12 +56,8 @@ class FineTunes:
             self._factors[name] = factor_tasks(tasks, kept_ranks(tasks), "exact", 1e-2, 0)
         return self._factors[name]
 
-    def truncated(self, balance: str | None = None) -> FineTunes:
-        """The same with every matrix cut to its leading triplets, which spares each study their SVD.
-
-        Args:
-            balance: DC-Merge's smoothing of the singular values, none by default.
-        """
+    def truncated(self) -> FineTunes:
+        """The same with every matrix cut to its leading triplets, which spares each study their SVD."""
         deltas: dict[str, list[Tensor | LowRank]] = {}
         for name, parts in self.deltas.items():
             if len(parts[0].shape) != 2:
@@ -70,7 +65,7 @@ class FineTunes:
                 continue
             f = self.factors(name)
             deltas[name] = [
-                LowRank(f.u[:, block] * (s if balance is None else balanced(s, balance)), None, f.v[:, block])
+                LowRank(f.u[:, block] * s, None, f.v[:, block])
                 for block, s in zip(f.blocks(), f.s, strict=True)
             ]
         return FineTunes(self.kind, self.tasks, deltas)
@@ -123,7 +118,7 @@ def merge(finetunes: FineTunes, variant: Variant) -> Merge:
     numerator = denominator = energy = seconds = 0.0
     similarities: list[float] = []
     ones = [1.0] * len(finetunes.tasks)
-    source = finetunes.truncated(variant.balance) if variant.truncated else finetunes
+    source = finetunes.truncated() if variant.truncated else finetunes
     for name in finetunes.deltas:
         tasks = source.of(name)
         matrix = len(tasks.shape) == 2

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ TaskDelta = Delta | Difference
 # Types of options that several methods have: their ranges are checked before a method runs.
 Rank = Annotated[int, Field(ge=1)]
 Tolerance = Annotated[float, Field(gt=0, lt=1)]
+Smoothing = Literal["none", "average", "linear"]
 
 # The ratio of singular values above which a frame stays a product: its square bounds the loss of accuracy.
 FACTORED_FRAME = 0.25
@@ -372,6 +373,41 @@ def sum_tasks(tasks: Tasks, weights: Sequence[float]) -> Delta:
         del delta
     assert total is not None  # Tasks are never empty: checked by merge_tasks
     return total
+
+
+def balanced(s: Tensor, smoothing: Smoothing, rho: float = 5.0) -> Tensor:
+    """Balances the energy of singular values, keeping their sum.
+
+    Args:
+        s: (r,) singular values, descending and above zero.
+        smoothing: "none", "average" or "linear".
+        rho: largest ratio of the first to the last value under "linear".
+
+    Returns:
+        (r,) balanced values with the same sum.
+
+    Source:
+        DC-Merge, arXiv 2603.06242, energy balancing.
+    """
+    if smoothing == "none" or s.numel() == 0:
+        return s
+    if smoothing == "average":
+        return s.mean().expand_as(s)
+    ratio = min(rho, float(s[0] / s[-1]))
+    line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype, device=s.device)
+    return line * (s.sum() / line.sum())
+
+
+def default_smoothing(adapters: bool) -> Smoothing:
+    """Returns DC-Merge's own: `average` for adapters, `none` for dense deltas."""
+    return "average" if adapters else "none"
+
+
+def check_smoothing(method: str, options: Mapping[str, Any], adapters: bool) -> None:
+    """Raises ValueError where ρ is given but the smoothing is not linear."""
+    smoothing = options.get("smoothing") or default_smoothing(adapters)
+    if "rho" in options and smoothing != "linear":
+        raise ValueError(f"{method}: rho belongs to smoothing='linear', but smoothing is {smoothing!r}")
 
 
 def _low_rank(delta: TaskDelta) -> LowRank:

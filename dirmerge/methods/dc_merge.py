@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from dirmerge.linalg import SVDMethod
 from dirmerge.methods.common import (
@@ -17,10 +16,14 @@ from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
     Rank,
+    Smoothing,
     Tasks,
     Tolerance,
+    balanced,
     between,
+    check_smoothing,
     cover_space,
+    default_smoothing,
     empty_result,
     factor_tasks,
     kept_ranks,
@@ -30,9 +33,7 @@ from dirmerge.ops import elect_merge, kth_largest_magnitude
 
 
 def _check(options: Mapping[str, Any], adapters: bool) -> None:
-    smoothing = options.get("smoothing") or ("average" if adapters else "none")
-    if "rho" in options and smoothing != "linear":
-        raise ValueError(f"dc_merge: rho belongs to smoothing='linear', but smoothing is {smoothing!r}")
+    check_smoothing("dc_merge", options, adapters)
     if "keep" in options and options.get("keep_per_rank") is not None:
         raise ValueError("dc_merge: keep and keep_per_rank both set the entries that pass; give one of them")
 
@@ -48,7 +49,7 @@ def dc_merge(
     weights: list[float],
     *,
     rank: Rank | None = None,
-    smoothing: Literal["none", "average", "linear"] | None = None,
+    smoothing: Smoothing | None = None,
     rho: Annotated[float, Field(ge=1)] = 5.0,
     keep: Annotated[float, Field(gt=0, le=1)] = 1e-3,
     keep_per_rank: Annotated[float, Field(gt=0)] | None = None,
@@ -90,8 +91,7 @@ def dc_merge(
     Source:
         DC-Merge, arXiv 2603.06242.
     """
-    if smoothing is None:
-        smoothing = "average" if tasks.low_rank else "none"
+    smoothing = smoothing or default_smoothing(tasks.low_rank)
     options = {
         "rank": rank,
         "smoothing": smoothing,
@@ -142,26 +142,3 @@ def dc_merge(
         core[block, block] = merged[offset : offset + extent * extent].view(extent, extent)
         offset += extent * extent
     return MergedDelta(between(left, core, right), record, factors)
-
-
-def balanced(s: Tensor, smoothing: Literal["none", "average", "linear"], rho: float = 5.0) -> Tensor:
-    """Balances the energy of singular values, keeping their sum.
-
-    Args:
-        s: (r,) singular values, descending and above zero.
-        smoothing: "none", "average" or "linear".
-        rho: largest ratio of the first to the last value under "linear".
-
-    Returns:
-        (r,) balanced values with the same sum.
-
-    Source:
-        DC-Merge, arXiv 2603.06242, energy balancing.
-    """
-    if smoothing == "none" or s.numel() == 0:
-        return s
-    if smoothing == "average":
-        return s.mean().expand_as(s)
-    ratio = min(rho, float(s[0] / s[-1]))
-    line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype, device=s.device)
-    return line * (s.sum() / line.sum())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -16,10 +17,14 @@ from dirmerge.methods.common import (
     MergedDelta,
     MergeRecord,
     Rank,
+    Smoothing,
     Tasks,
     Tolerance,
+    balanced,
     between,
+    check_smoothing,
     cover_space,
+    default_smoothing,
     empty_result,
     factor_tasks,
     kept_ranks,
@@ -30,10 +35,15 @@ from dirmerge.ops import gram
 Exponent = Annotated[float, Field(ge=0, le=4)]
 
 
+def _check(options: Mapping[str, Any], adapters: bool) -> None:
+    check_smoothing("whitened", options, adapters)
+
+
 @register(
     "task singular vectors whitened by chosen exponents, with a ridge (this project's)",
     scale=FULL_ALIGNMENT,
     adapter_scale=ADAPTER_ALIGNMENT,
+    check=_check,
 )
 def whitened(
     tasks: Tasks,
@@ -42,6 +52,8 @@ def whitened(
     left_exponent: Exponent = 2.0,
     right_exponent: Exponent = 1.5,
     ridge: Annotated[float, Field(ge=0)] = 0.03,
+    smoothing: Smoothing | None = None,
+    rho: Annotated[float, Field(ge=1)] = 5.0,
     rank: Rank | None = None,
     svd: SVDMethod = "auto",
     svd_tolerance: Tolerance = 1e-2,
@@ -60,6 +72,9 @@ def whitened(
         left_exponent: a, on the left (output) side.
         right_exponent: b, on the right (input) side.
         ridge: ε, relative to the Gram matrix of orthonormal bases, whose eigenvalues lie between 0 and T.
+        smoothing: DC-Merge's balancing of each task's singular values, their sum kept: "none" (default for
+            dense deltas), "average" (default for adapters: all equal) or "linear".
+        rho: ρ of the linear smoothing.
         rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank.
         svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
@@ -75,8 +90,17 @@ def whitened(
     Source:
         this project; TSV-M: Gargiulo et al., Task Singular Vectors, CVPR 2025.
     """
-    exponents = {"left_exponent": left_exponent, "right_exponent": right_exponent, "ridge": ridge}
-    options = {**exponents, "rank": rank, "svd": svd, "svd_tolerance": svd_tolerance}
+    smoothing = smoothing or default_smoothing(tasks.low_rank)
+    options = {
+        "left_exponent": left_exponent,
+        "right_exponent": right_exponent,
+        "ridge": ridge,
+        "smoothing": smoothing,
+        **({"rho": rho} if smoothing == "linear" else {}),
+        "rank": rank,
+        "svd": svd,
+        "svd_tolerance": svd_tolerance,
+    }
     record = MergeRecord("whitened", options, tasks.shape)
     factors = factor_tasks(tasks, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
@@ -91,7 +115,8 @@ def whitened(
         sides.append(cover_space(bases, svd, side, record) if is_polar else _whiten(bases, exponent, ridge))
     left, right = sides
     record.rank = sum(factors.ranks)
-    return MergedDelta(between(left, factors.weighted(weights), right), record, factors)
+    s = torch.cat([balanced(x, smoothing, rho) * w for x, w in zip(factors.s, weights, strict=True)])
+    return MergedDelta(between(left, s, right), record, factors)
 
 
 def _whiten(bases: Tensor, exponent: float, ridge: float) -> Cover:

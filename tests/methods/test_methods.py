@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dirmerge
 from dirmerge import LowRank
 from dirmerge.methods import METHODS, Scale, Tasks, get_method, merge_tasks, register
-from dirmerge.methods.dc_merge import balanced
+from dirmerge.methods.common import balanced
 
 SPECTRAL = ["dc_merge", "mda", "tsv_m", "iso_c", "iso_cts", "whitened"]
 ALL = [*SPECTRAL, "wudi", "ties", "task_arithmetic", "average"]
@@ -70,9 +70,17 @@ def test_ties_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "ridge"), [(0.0, 0.0, 0.0), (2.0, 1.5, 0.03), (1.0, 1.0, 0.0), (2.0, 2.0, 0.0)]
+    ("a", "b", "ridge", "smoothing"),
+    [
+        (0.0, 0.0, 0.0, None),
+        (2.0, 1.5, 0.03, None),
+        (2.0, 1.5, 0.03, "average"),
+        (1.5, 1.0, 0.1, "linear"),
+        (1.0, 1.0, 0.0, None),
+        (2.0, 2.0, 0.0, None),
+    ],
 )
-def test_whitened_by_its_formula(a, b, ridge, generator):
+def test_whitened_by_its_formula(a, b, ridge, smoothing, generator):
     deltas, r = dense(generator), 20 // 3
     parts = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
 
@@ -83,8 +91,10 @@ def test_whitened_by_its_formula(a, b, ridge, generator):
     u = side(torch.cat([u[:, :r] for u, _, _ in parts], 1), a)
     v = side(torch.cat([vh[:r].mT for _, _, vh in parts], 1), b)
     weights = [1.0, 0.5, 2.0]
-    s = torch.cat([w * s[:r] for w, (_, s, _) in zip(weights, parts, strict=True)])
-    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge}
+    spectra = [balanced(s[:r], smoothing or "none", 3.0) for _, s, _ in parts]
+    s = torch.cat([w * x for w, x in zip(weights, spectra, strict=True)])
+    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge, "smoothing": smoothing}
+    options |= {"rho": 3.0} if smoothing == "linear" else {}
     merged = dirmerge.merge_deltas(deltas, "whitened", weights=weights, **options)
     assert torch.allclose(merged.dense(), (u * s) @ v.mT, atol=1e-9)
     if (a, b, ridge) == (1, 1, 0):
@@ -93,6 +103,15 @@ def test_whitened_by_its_formula(a, b, ridge, generator):
         for w, (left, own, right) in zip(weights, parts, strict=True):
             core = left[:, :r].mT @ merged.dense() @ right[:r].mT
             assert torch.allclose(core, torch.diag(w * own[:r]), atol=1e-8)
+
+
+def test_whitened_balances_adapters_alone_and_is_tsv_m_without(generator):
+    loras = adapters(generator)
+    plain = {"left_exponent": 1.0, "right_exponent": 1.0, "ridge": 0.0}
+    assert dirmerge.merge_deltas(loras, "whitened").record.options["smoothing"] == "average"
+    assert dirmerge.merge_deltas(dense(generator), "whitened").record.options["smoothing"] == "none"
+    same = dirmerge.merge_deltas(loras, "whitened", smoothing="none", **plain)
+    assert torch.equal(same.dense(), dirmerge.merge_deltas(loras, "tsv_m").dense())
 
 
 def test_whitened_of_a_task_with_itself_stays_in_its_span(generator):
@@ -219,7 +238,7 @@ def test_adapters_stay_factored_and_equal_their_dense_form(method, generator):
     merged = dirmerge.merge_deltas(loras, method)
     assert merged.low_rank().rank == 9
     options = {"rank": 3} if method in SPECTRAL else {}
-    options |= {"smoothing": "average"} if method == "dc_merge" else {}
+    options |= {"smoothing": "average"} if method in ("dc_merge", "whitened") else {}
     reference = dirmerge.merge_deltas([x.dense() for x in loras], method, **options).dense()
     assert torch.allclose(merged.dense(), reference, atol=1e-9)
 
@@ -515,6 +534,7 @@ def test_lazy_tasks_hold_one_delta_at_a_time(generator):
         ("dc_merge", {"rank": 0}, "rank"),
         ("dc_merge", {"svd": "quick"}, "svd"),
         ("dc_merge", {"svd_tolerance": 0.0}, "svd_tolerance"),
+        ("whitened", {"rho": 3.0}, "rho belongs to smoothing='linear'"),
         ("mda", {"frame": "own"}, "frame"),
         ("mda", {"fraction": 0.0}, "fraction"),
         ("iso_cts", {"common_fraction": 1.1}, "common_fraction"),
