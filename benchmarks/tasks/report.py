@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.tasks import plots
 from benchmarks.tasks.experiments import STUDIES, TABLES
 from benchmarks.tasks.store import FOLDER, Row, read, unpack
+from dirmerge.methods import get_method
 
 REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
@@ -399,11 +400,19 @@ def _norms(run: dict[str, Any]) -> Floats:
 
 RULES = (
     Rule("λ", lambda run, row: 1.0),
-    Rule("a(λD)", lambda run, row: row["alignment"] / row["scale"]),
+    Rule("a(λD)", lambda run, row: _alignment_of(row)),
+    Rule("a(λD) √T", lambda run, row: _alignment_of(row) * len(run["about"]["merged"]) ** 0.5),
+    Rule("a(λD) T", lambda run, row: _alignment_of(row) * len(run["about"]["merged"])),
     Rule("‖λD‖ / √mean ‖D_t‖²", lambda run, row: _norm(row) / float(np.sqrt((_norms(run) ** 2).mean()))),
     Rule("‖λD‖ / √Σ ‖D_t‖²", lambda run, row: _norm(row) / float(np.sqrt((_norms(run) ** 2).sum()))),
     Rule("‖λD‖ / ‖W_0‖", lambda run, row: _norm(row) / run["rows"]["own"]["base_norm"]),
 )
+# They weigh the tasks' entries or directions by their energy, where the spectral methods weigh them alike.
+SUMS = ("task_arithmetic", "ties", "wudi", "wudi (exact)")
+
+
+def _alignment_of(row: Row) -> float:
+    return float(row["alignment"] / row["scale"])
 
 
 def _norm(row: Row) -> float:
@@ -446,38 +455,37 @@ def _scales(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
         {(kind, task_set) for task_set, kind, *_ in cases}, key=lambda s: (s[0], len(s[1]), s[1])
     )
     rows = []
-    for both in (False, True):
-        for rule in RULES:
-            constants = {}
-            for kind in KINDS:
-                fit = [
-                    (run, row)
-                    for s, k, seed, _, run, row in cases
-                    if s == "pypi" and seed == 0 and (both or k == kind)
-                ]
-                if fit:
-                    constants[kind] = best_constant(rule, fit)
-            losses: dict[tuple[str, str], list[float]] = {}
-            for task_set, kind, _, _, run, row in cases:
-                if kind in constants:
-                    loss = rule.regret(row, rule.of(run, row), constants[kind])
-                    losses.setdefault((kind, task_set), []).append(loss)
-            everything = [loss for found in losses.values() for loss in found]
-            shown = " / ".join(f"{c:.2f}" for c in dict.fromkeys(constants.values()))
-            rows.append(
-                [
-                    rule.name,
-                    shown,
-                    *(
-                        f"{100 * np.mean(losses[s]):.2f} ({100 * np.max(losses[s]):.1f})"
-                        if s in losses
-                        else ""
-                        for s in settings
-                    ),
-                    f"{100 * np.mean(everything):.2f} ({100 * np.max(everything):.1f})",
-                ]
-            )
-    heading = ["held constant", "at (full / LoRA)", *(f"{kind} {s}" for kind, s in settings), "all"]
+    for rule, together in (
+        (r, t) for t in ("one for both kinds", "one per kind", "sums apart") for r in RULES
+    ):
+        groups_of = [_group(together, kind, name) for _, kind, _, name, _, _ in cases]
+        constants = {}
+        for key in dict.fromkeys(groups_of):
+            fit = [
+                (run, row)
+                for (s, _, seed, _, run, row), own in zip(cases, groups_of, strict=True)
+                if own == key and s == "pypi" and seed == 0
+            ]
+            if fit:
+                constants[key] = best_constant(rule, fit)
+        losses: dict[tuple[str, str], list[float]] = {}
+        for (task_set, kind, _, _, run, row), key in zip(cases, groups_of, strict=True):
+            if key in constants:
+                loss = rule.regret(row, rule.of(run, row), constants[key])
+                losses.setdefault((kind, task_set), []).append(loss)
+        shown = ", ".join(f"{c:.2f}" for _, c in sorted(constants.items()))
+        rows.append([rule.name, together, shown, *_losses(losses, settings)])
+    shipped: dict[tuple[str, str], list[float]] = {}
+    for task_set, kind, _, _, _, row in cases:
+        default = get_method(row["method"]).default_scale(kind == "lora")
+        loss = (
+            RULES[0].regret(row, 1.0, default.value)
+            if default.value is not None
+            else RULES[1].regret(row, _alignment_of(row), default.alignment or 1.0)
+        )
+        shipped.setdefault((kind, task_set), []).append(loss)
+    rows.append(["the library's defaults", "", "", *_losses(shipped, settings)])
+    heading = ["held constant", "constants", "at", *(f"{kind} {s}" for kind, s in settings), "all"]
     lines += [*_table(heading, rows), ""]
     lines += ["Alignment target a(λD) that loses least, by method and setting:", ""]
     names = sorted({name for *_, name, _, _ in cases})
@@ -489,6 +497,20 @@ def _scales(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
             cells.append(f"{best_constant(RULES[1], fit):.2f}" if fit else "")
         table.append([name, *cells])
     return [*lines, *_table(["method", *(f"{k} {s}" for k, s in settings)], table), ""]
+
+
+def _group(together: str, kind: str, name: str) -> tuple[str, ...]:
+    """The scans that share a rule's constant."""
+    if together == "one for both kinds":
+        return ()
+    return (kind,) if together == "one per kind" else (kind, str(name in SUMS))
+
+
+def _losses(losses: dict[tuple[str, str], list[float]], settings: Sequence[tuple[str, str]]) -> list[str]:
+    """Mean and largest loss by setting and over all scans, in points."""
+    everything = [loss for found in losses.values() for loss in found]
+    columns = [*(losses.get(key, []) for key in settings), everything]
+    return [f"{100 * np.mean(found):.2f} ({100 * max(found):.1f})" if found else "" for found in columns]
 
 
 def _directions(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
