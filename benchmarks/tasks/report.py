@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from benchmarks.tasks import plots
@@ -22,6 +23,8 @@ from dirmerge.methods import get_method
 REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
 KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
+# The row that each study's settings are compared with.
+STUDY_OF = {"frames": "mda", "fraction": "mda", "keep": "dc_merge", "balancing": "dc_merge"}
 METHODS = {name for rows in TABLES.values() for name in rows}
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -146,26 +149,27 @@ def write(folder: Path = FOLDER) -> None:
     """Writes the page beside the folder of the results, and the plots into it."""
     groups = load(folder)
     plots.write(groups, folder)
-    page = "\n".join(_page(groups, folder.name)).rstrip() + "\n"
+    page = _page(groups, folder).rstrip() + "\n"
     (folder.parent / f"{folder.name}.md").write_text(page, encoding="utf-8")
 
 
-def _page(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
-    lines = [HEADING]
-    for kind, title in KINDS.items():
-        group = groups.get(("pypi", kind))
-        if group is None:
-            continue
-        lines += [f"## Eight tasks, {title}", "", _texts(group), "", *_methods_table(group), ""]
-    lines += _alignment(groups)
-    lines += _more_tasks(groups, folder)
-    lines += _unseen(groups)
-    for study in STUDY_TABLES:
-        lines += _study(groups, *study)
-    lines += _validation_study(groups)
-    lines += _scales(groups, folder)
-    lines += _directions(groups, folder)
-    return lines
+def _page(groups: dict[tuple[str, str], Group], folder: Path) -> str:
+    """The template page.md.j2 filled with the tables; a section without results says so."""
+    tables = {
+        **{f"methods_{kind}": _methods_table(groups.get(("pypi", kind))) for kind in KINDS},
+        **{f"study_{study}": _study(groups, study) for study in STUDY_OF},
+        "alignment": _alignment(groups),
+        "options": _learned_options(groups),
+        "number": _more_tasks(groups),
+        "unseen": _unseen(groups),
+        "widths": _widths(folder),
+        "whitened": _validation_study(groups),
+        "scale": _scales(groups),
+    }
+    source = (Path(__file__).with_name("page.md.j2")).read_text(encoding="utf-8")
+    template = jinja2.Template(source, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    filled = {name: "\n".join(lines).strip() or "*Not measured yet.*" for name, lines in tables.items()}
+    return template.render(folder=folder.name, **filled)
 
 
 def _texts(group: Group) -> str:
@@ -196,7 +200,10 @@ def _numbers(values: Iterable[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def _methods_table(group: Group) -> list[str]:
+def _methods_table(group: Group | None) -> list[str]:
+    """Accuracy by task, normalised, against the reference; and the scales that were best."""
+    if group is None:
+        return []
     rows: list[list[object]] = [
         ["base model", *_by_task(group, "base"), group.estimate("base").cell(), "", ""]
     ]
@@ -218,24 +225,20 @@ def _methods_table(group: Group) -> list[str]:
         cells = (_numbers(row[key] for row in found_rows) for key in ("scale", "alignment"))
         scales.append([name, *cells, f"{seconds:.2f} ({max(threads)})"])
     heading = ["method", "best λ by seed", "a(λD)", "merge, s (threads)"]
-    return [*lines, "", *_table(heading, scales)]
+    return [_texts(group), "", *lines, "", *_table(heading, scales)]
 
 
 def _alignment(groups: dict[tuple[str, str], Group]) -> list[str]:
     """Feature maps and learned forms: one column per form, the control first."""
-    lines = ["## Alignment of features", "", ALIGNMENT, ""]
+    lines = []
     for kind, title in KINDS.items():
         group = groups.get(("pypi", kind))
         if group is None:
             continue
-        methods = [
-            n for n in group.names if f"{n} + rotation" in group.names or f"{n} + learned" in group.names
-        ]
         forms = ["rotation", "ridge", "learned", "rotation + learned", "ridge + learned"]
+        methods = [m for m in METHODS if any(f"{m} + {f}" in group.names for f in forms)]
         forms = [f for f in forms if any(f"{m} + {f}" in group.names for m in methods)]
-        if not forms:
-            continue
-        rows = []
+        rows: list[list[object]] = []
         for method in ["base", *_sorted(group, methods)]:
             row: list[object] = [method if method != "base" else "base model, nothing merged (control)"]
             row.append(group.estimate(method).seed_cell())
@@ -244,40 +247,37 @@ def _alignment(groups: dict[tuple[str, str], Group]) -> list[str]:
                 if name not in group.names:
                     row.append("")
                     continue
-                estimate = group.estimate(name)
-                gain = (
-                    estimate.value - group.estimate("base", seeds=estimate.seeds).value
-                    if method == "base"
-                    else group.estimate(name, method).value
-                )
-                row.append(f"{estimate.seed_cell()} ({100 * gain:+.1f})")
+                gain = group.estimate(name, method)
+                row.append(f"{group.estimate(name).seed_cell()} ({100 * gain.value:+.1f})")
             rows.append(row)
         others = [n for n in group.names if n.startswith("adamerging")]
-        rows += [[n, group.estimate(n).seed_cell(), *[""] * len(forms)] for n in others]
-        lines += [f"### {title[0].upper()}{title[1:]}", "", *_table(["method", "plain", *forms], rows), ""]
-        ablations = [n for n in group.names if "+ learned " in n]
-        if ablations:
-            rows = []
-            for name in sorted(ablations):
-                plain, option = name.split(" + learned ")
-                found = group.estimate(name, plain)
-                stopped = "; ".join(str(row["stopped"] or "") for row in group.rows(name))
-                full = f"{plain} + learned"
-                against = group.estimate(name, full).cell(sign=True) if group.seeds(name, full) else ""
-                rows.append([plain, option, found.cell(sign=True), against, stopped])
-            heading = [
-                "start",
-                "changed option",
-                "against the start [95 %]",
-                "against the defaults",
-                "stopped",
-            ]
-            lines += ["Options of the learned form, normalised accuracy:", "", *_table(heading, rows), ""]
-    return lines if len(lines) > 4 else []
+        rows += [[n, group.estimate(n).seed_cell(), *[""] * len(forms)] for n in sorted(others)]
+        lines += [f"{title[0].upper()}{title[1:]}:", "", *_table(["method", "plain", *forms], rows), ""]
+    return lines
 
 
-def _more_tasks(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
-    lines = ["## Number of tasks", "", f"![normalised accuracy against T]({folder}/number.svg)", "", MORE, ""]
+def _learned_options(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """The learned form with one option changed, against its start and against the defaults."""
+    rows: list[list[object]] = []
+    for (task_set, kind), group in groups.items():
+        for name in sorted(n for n in group.names if " + learned" in n):
+            start, _, option = name.partition(" + learned")
+            full = f"{start} + learned"
+            against = group.estimate(name, full).cell(sign=True) if option and group.seeds(name, full) else ""
+            gain = group.estimate(name, start).cell(sign=True) if group.seeds(name, start) else ""
+            run = group.rows(name)
+            steps = " / ".join(f"{row['best_step']} of {row['steps']}" for row in run)
+            agreement = min(min(r["agreement"]) for row in run for r in row["history"])
+            stopped = "yes" if any(row["stopped"] for row in run) else ""
+            about = [f"{kind} {task_set}", start, option.strip() or "defaults"]
+            rows.append([*about, gain, against, steps, f"{agreement:.2f}", stopped])
+    heading = ["setting", "start", "option", "against the start [95 %]", "against the defaults [95 %]"]
+    return _table([*heading, "best step", "least agreement", "stopped"], rows) if rows else []
+
+
+def _more_tasks(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """Normalised accuracy of seed 0 by the number of tasks merged."""
+    lines = []
     for kind, title in KINDS.items():
         found = {len(g.merged): g for (s, k), g in groups.items() if k == kind and not g.unseen}
         if len(found) < 2:
@@ -294,12 +294,13 @@ def _more_tasks(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
             rows.append([name, *cells])
         heading = ["method", *(f"T = {t}" for t in sorted(found))]
         base = ["base model", *(found[t].estimate("base", seeds=[0]).cell() for t in sorted(found))]
-        lines += [f"### {title[0].upper()}{title[1:]}", "", *_table(heading, [base, *rows]), ""]
-    return lines if len(lines) > 6 else []
+        lines += [f"{title[0].upper()}{title[1:]}:", "", *_table(heading, [base, *rows]), ""]
+    return lines
 
 
 def _unseen(groups: dict[tuple[str, str], Group]) -> list[str]:
-    lines = ["## Unseen tasks", "", UNSEEN, ""]
+    """Tasks that were not merged."""
+    lines = []
     for (_, kind), group in groups.items():
         if not group.unseen:
             continue
@@ -315,14 +316,15 @@ def _unseen(groups: dict[tuple[str, str], Group]) -> list[str]:
             seen = group.estimate(name).cell()
             rows.append([name, seen, *cells, f"{100 * unseen.value:.2f}", gain])
         heading = ["method", "six merged, normalised", *group.unseen, "unseen, accuracy", "against the base"]
-        title = f"### {KINDS[kind][0].upper()}{KINDS[kind][1:]}, unseen: {' and '.join(group.unseen)}"
+        title = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}, unseen: {' and '.join(group.unseen)}:"
         lines += [title, "", *_table(heading, rows), ""]
-    return lines if len(lines) > 4 else []
+    return lines
 
 
-def _study(groups: dict[tuple[str, str], Group], study: str, title: str, plain: str, text: str) -> list[str]:
-    """A table of settings of one method against its row with the defaults."""
-    lines = [f"## {title}", "", text, ""]
+def _study(groups: dict[tuple[str, str], Group], study: str) -> list[str]:
+    """Settings of one method against its row with the defaults."""
+    plain = STUDY_OF[study]
+    lines = []
     for (task_set, kind), group in groups.items():
         names = [name for name in STUDIES[study](kind) if name in group.names]
         if not names or plain not in group.names:
@@ -333,8 +335,9 @@ def _study(groups: dict[tuple[str, str], Group], study: str, title: str, plain: 
             cells = found.cell(sign=True), found.seed_cell(sign=True)
             rows.append([name, group.estimate(name).cell(), *cells])
         heading = ["setting", "normalised [95 %]", f"against {plain} [95 %]", "by seed"]
-        lines += [f"{KINDS[kind]}, {task_set} (T = {len(group.merged)}):", "", *_table(heading, rows), ""]
-    return lines if len(lines) > 4 else []
+        title = f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}, {task_set} (T = {len(group.merged)}):"
+        lines += [title, "", *_table(heading, rows), ""]
+    return lines
 
 
 def _best(row: Row) -> float:
@@ -370,7 +373,7 @@ def _validation_study(groups: dict[tuple[str, str], Group]) -> list[str]:
 
     heading = ["setting", *(title for title, _, _ in columns), "mean"]
     table = _table(heading, ([name, *map(cell, values), cell(mean)] for name, values, mean in rows))
-    return ["## The whitened rule: exponents, ridge, combinations", "", WHITENED, "", *table, ""]
+    return table
 
 
 @dataclass(frozen=True)
@@ -445,12 +448,11 @@ def best_constant(rule: Rule, cases: Sequence[tuple[dict[str, Any], Row]]) -> fl
     return float(grid[int(np.argmin(losses))])
 
 
-def _scales(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
+def _scales(groups: dict[tuple[str, str], Group]) -> list[str]:
     """The regret of rules for λ, constants from seed 0 of eight tasks, applied everywhere."""
     cases = scale_cases(groups)
     if not any(case[0] == "pypi" and case[2] == 0 for case in cases):
         return []
-    lines = ["## Scale", "", f"![accuracy against λ and a(λD)]({folder}/scale.svg)", "", SCALE, ""]
     settings = sorted(
         {(kind, task_set) for task_set, kind, *_ in cases}, key=lambda s: (s[0], len(s[1]), s[1])
     )
@@ -486,7 +488,7 @@ def _scales(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
         shipped.setdefault((kind, task_set), []).append(loss)
     rows.append(["the library's defaults", "", "", *_losses(shipped, settings)])
     heading = ["held constant", "constants", "at", *(f"{kind} {s}" for kind, s in settings), "all"]
-    lines += [*_table(heading, rows), ""]
+    lines = [*_table(heading, rows), ""]
     lines += ["Alignment target a(λD) that loses least, by method and setting:", ""]
     names = sorted({name for *_, name, _, _ in cases})
     table = []
@@ -513,23 +515,20 @@ def _losses(losses: dict[tuple[str, str], list[float]], settings: Sequence[tuple
     return [f"{100 * np.mean(found):.2f} ({100 * max(found):.1f})" if found else "" for found in columns]
 
 
-def _directions(groups: dict[tuple[str, str], Group], folder: str) -> list[str]:
-    if not any(
-        "similarity" in row for g in groups.values() for r in g.runs.values() for row in r["rows"].values()
-    ):
+def _widths(folder: Path) -> list[str]:
+    """DC-Merge's filter on synthetic tasks of several widths."""
+    path = folder / "widths.json"
+    if not path.is_file():
         return []
-    figure = f"![Δ_ETF and DirSim against accuracy]({folder}/directions.svg)"
-    return ["## Directions and accuracy", "", figure, "", DIRECTIONS, ""]
+    rows = []
+    for name, row in sorted(
+        read(path)["rows"].items(), key=lambda item: (item[0].split()[0], item[1]["width"])
+    ):
+        for rule, found in row["rules"].items():
+            entries = f"{found['entries_per_rank']:.1f}"
+            rows.append([name, rule, entries, f"{found['cosine']:.3f}", f"{found['similarity']:.3f}"])
+    return _table(["kind, width", "kept", "entries / r", "cosine to no filter", "DirSim"], rows)
 
-
-STUDY_TABLES = (
-    ("frames", "MDA's frame", "mda", ""),
-    ("fraction", "MDA's rank fraction", "mda", ""),
-    ("keep", "DC-Merge's filter and block mask", "dc_merge", ""),
-    ("balancing", "DC-Merge's energy balancing", "dc_merge", ""),
-)
-HEADING = ""
-ALIGNMENT = MORE = UNSEEN = WHITENED = SCALE = DIRECTIONS = ""
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

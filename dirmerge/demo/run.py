@@ -37,7 +37,18 @@ from dirmerge.errors import RecipeError
 from dirmerge.methods import get_method
 
 ADAPTERS = Path(__file__).with_name("adapters")
-METHODS = ("average", "task_arithmetic", "ties", "wudi", "tsv_m", "mda", "iso_c", "iso_cts", "dc_merge")
+METHODS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "wudi",
+    "tsv_m",
+    "mda",
+    "iso_c",
+    "iso_cts",
+    "dc_merge",
+    "whitened",
+)
 # WUDI by Adam takes minutes here, its exact minimiser seconds; the accuracies were within a point.
 OPTIONS: dict[str, dict[str, Any]] = {"wudi": {"solver": "exact"}}
 KEPT = "dc_merge"  # the merged model that stays in the output folder
@@ -84,7 +95,7 @@ def main(
     Args:
         out: folder for results.json, accuracy.png, recipe.yml and the DC-Merge model, replacing earlier ones.
         tasks: names of `dirmerge.demo.data.TASKS`; default all eight.
-        methods: names of merge methods; default all nine.
+        methods: names of merge methods; default all ten.
         texts: at most so many test texts of each task.
         console: where the progress and the table go; default standard output.
 
