@@ -153,6 +153,8 @@ def _combined(kind: str) -> dict[str, Variant]:
     rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)
     rows["iso_c whitened"] = Variant("iso_c", post=further)
+    for a, b in ((0.5, 0.5), (1.0, 1.0)):
+        rows[f"iso_c whitened {a:g} {b:g}"] = Variant("iso_c", post=Post(left=a, right=b, ridge=0.03))
     return rows
 
 
@@ -175,8 +177,8 @@ def rows_of(study: str | None, kind: str) -> dict[str, Variant]:
 
 # Scales are scanned as alignment targets a(λD): raw λ of equal quality differ tenfold between methods.
 TARGETS = {
-    "lora": (0.06, 0.09, 0.13, 0.18, 0.24, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9),
-    "full": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3),
+    "lora": (0.06, 0.09, 0.13, 0.18, 0.24, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9, 1.05, 1.2),
+    "full": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75),
 }
 START = {"lora": 0.5, "full": 0.9}
 

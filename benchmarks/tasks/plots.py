@@ -14,8 +14,8 @@ COLOURS = {
     "average": "#999999",
     "task_arithmetic": "#555555",
     "ties": "#8c564b",
-    "wudi": "#bcbd22",
-    "wudi (exact)": "#bcbd22",
+    "wudi": "#ff7f0e",
+    "wudi (exact)": "#ff7f0e",
     "tsv_m": "#1f77b4",
     "mda": "#17becf",
     "iso_c": "#2ca02c",
@@ -88,12 +88,17 @@ def _number(groups: Mapping[tuple[str, str], Group]) -> Any:
 
 def _scale(groups: Mapping[tuple[str, str], Group]) -> Any:
     """Normalised validation accuracy against λ and a(λD), seed 0 of eight tasks."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     figure, axes = _figure(2, 2, 9, 6.2)
     drawn = False
     for row, kind in zip(axes, TITLES, strict=True):
         group = groups.get(("pypi", kind))
         for axis, key, label in zip(row, ("scale", "alignment"), ("λ", "a(λD)"), strict=True):
             axis.set(title=TITLES[kind], xlabel=label, ylabel="validation, %", xscale="log")
+            axis.xaxis.set_major_locator(FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 4]))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
             for name, colour in COLOURS.items():
                 if group is None or 0 not in group.seeds(name):
                     continue
