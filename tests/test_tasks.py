@@ -142,7 +142,7 @@ def test_the_scan_goes_on_while_it_gains_and_stops_after_two_losses(monkeypatch)
         kind="full", model=None, base=None, validation=[], bf16=False, own_accuracy=lambda split: {"a": 1.0}
     )
     curve = sweep.scan(setting, sweep.Merge({}, alignment=0.5))
-    assert [point["alignment"] for point in curve] == [0.7, 0.8, 0.9, 1.0, 1.15, 1.3]
+    assert [point["alignment"] for point in curve] == [0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5]
     assert max(curve, key=lambda point: point["normalised"])["scale"] == pytest.approx(2.3)
 
 
