@@ -152,10 +152,7 @@ def _combined(kind: str) -> dict[str, Variant]:
     rows["whitened 2 1.5 0.03 linear"] = _white(2.0, 1.5, 0.03, smoothing="linear")
     rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)
-    for a, b in ((2.0, 1.5), (1.5, 1.5), (2.0, 2.0)):
-        name = f"whitened {a:g} {b:g} 0.03 isotropic"
-        rows[name] = _white(a, b, 0.03)
-        rows[name].options["core"] = "isotropic"
+    rows["iso_c whitened"] = Variant("iso_c", post=further)
     return rows
 
 

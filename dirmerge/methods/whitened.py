@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from dirmerge.linalg import SVDMethod, polar
+from dirmerge.linalg import SVDMethod
 from dirmerge.methods.common import (
     ADAPTER_ALIGNMENT,
     FULL_ALIGNMENT,
@@ -52,7 +52,6 @@ def whitened(
     left_exponent: Exponent = 2.0,
     right_exponent: Exponent = 1.5,
     ridge: Annotated[float, Field(ge=0)] = 0.03,
-    core: Literal["tasks", "isotropic"] = "tasks",
     smoothing: Smoothing | None = None,
     rho: Annotated[float, Field(ge=1)] = 5.0,
     rank: Rank | None = None,
@@ -67,17 +66,12 @@ def whitened(
     a = b = 1 with ε = 0 is TSV-M, a = b = 2 with ε = 0 the dual basis, which reproduces every task's own
     core. Above 1, directions that several tasks share come out below the others.
 
-    With core="isotropic", Iso-C's flat spectrum takes the place of the tasks' own, before the whitening goes
-    on: D = (U Uᵀ + εI)^(−(a−1)/2) σ̄ polar(U S Vᵀ) (V Vᵀ + εI)^(−(b−1)/2), σ̄ the mean singular value of
-    U S Vᵀ.
-
     Args:
         tasks: T deltas (m, n), dense or LowRank.
         weights: T weights >= 0 of the singular values.
         left_exponent: a, on the left (output) side.
         right_exponent: b, on the right (input) side.
         ridge: ε, relative to the Gram matrix of orthonormal bases, whose eigenvalues lie between 0 and T.
-        core: "tasks" or "isotropic".
         smoothing: DC-Merge's balancing of each task's singular values, their sum kept: "none" (default for
             dense deltas), "average" (default for adapters: all equal) or "linear".
         rho: ρ of the linear smoothing.
@@ -101,7 +95,6 @@ def whitened(
         "left_exponent": left_exponent,
         "right_exponent": right_exponent,
         "ridge": ridge,
-        "core": core,
         "smoothing": smoothing,
         **({"rho": rho} if smoothing == "linear" else {}),
         "rank": rank,
@@ -113,43 +106,26 @@ def whitened(
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
     if sum(factors.ranks) == 0:
         return empty_result(tasks, record, factors)
+    sides = []
+    for bases, exponent, side in (
+        (factors.u, left_exponent, "left"),
+        (factors.v, right_exponent, "right"),
+    ):
+        is_polar = exponent == 1 and ridge == 0
+        sides.append(cover_space(bases, svd, side, record) if is_polar else _whiten(bases, exponent, ridge))
+    left, right = sides
     record.rank = sum(factors.ranks)
     s = torch.cat([balanced(x, smoothing, rho) * w for x, w in zip(factors.s, weights, strict=True)])
-    exponents = left_exponent, right_exponent
-    left, right = (
-        cover_space(bases, svd, side, record)
-        if core == "isotropic" or (exponent == 1 and ridge == 0)
-        else _whiten(bases, exponent, ridge)
-        for bases, exponent, side in zip((factors.u, factors.v), exponents, ("left", "right"), strict=True)
-    )
-    if core == "tasks":
-        return MergedDelta(between(left, s, right), record, factors)
-    total = (left.coordinates * s) @ right.coordinates.mT
-    flat = polar(total, "exact" if svd == "exact" else "auto", complete=False)
-    mean = (flat.q * total).sum(dtype=torch.float64) / max(int(flat.rank), 1)
-    middle = flat.q * mean.to(total.dtype)
-    middle = _power(left.coordinates, left_exponent - 1, ridge) @ middle
-    middle = middle @ _power(right.coordinates, right_exponent - 1, ridge)
-    return MergedDelta(between(left, middle, right), record, factors)
-
-
-def _power(coordinates: Tensor, exponent: float, ridge: float) -> Tensor:
-    """(C Cᵀ + εI)^(−x/2) on the span of the coordinates C = frameᵀ U: UUᵀ as the frame sees it."""
-    values, vectors = torch.linalg.eigh(gram(coordinates.mT.double()))
-    power = (vectors * _powers(values, coordinates, exponent, ridge)) @ vectors.mT
-    narrow: Tensor = power.to(coordinates.dtype)
-    return narrow
+    return MergedDelta(between(left, s, right), record, factors)
 
 
 def _whiten(bases: Tensor, exponent: float, ridge: float) -> Cover:
     """U (UᵀU + εI)^(−a/2) as a product that is not multiplied out."""
     values, vectors = torch.linalg.eigh(gram(bases.double()))
-    core = (vectors * _powers(values, bases, exponent, ridge)) @ vectors.mT
-    return Cover(bases, core.to(bases.dtype), core)
-
-
-def _powers(values: Tensor, bases: Tensor, exponent: float, ridge: float) -> Tensor:
-    """(g + ε)^(−x/2) of the eigenvalues g of the bases' Gram matrix, 0 where g is rounding."""
+    # What rounding makes of an eigenvalue 0: that of the bases, squared, and that of the Gram matrix.
     rounding = max(torch.finfo(bases.dtype).eps ** 2 * bases.shape[0], 1e-15 * bases.shape[1])
-    powers = (values.clamp(min=0) + ridge) ** (-exponent / 2)
-    return torch.where(values > rounding * values[-1], powers, 0.0)
+    powers = torch.where(
+        values > rounding * values[-1], (values.clamp(min=0) + ridge) ** (-exponent / 2), 0.0
+    )
+    core = (vectors * powers) @ vectors.mT
+    return Cover(bases, core.to(bases.dtype), core)

@@ -105,35 +105,6 @@ def test_whitened_by_its_formula(a, b, ridge, smoothing, generator):
             assert torch.allclose(core, torch.diag(w * own[:r]), atol=1e-8)
 
 
-@pytest.mark.parametrize(("a", "b", "ridge"), [(2.0, 1.5, 0.03), (1.0, 1.0, 0.0), (1.5, 2.5, 0.1)])
-@pytest.mark.parametrize("kind", ["full", "lora", "equal"])
-def test_whitened_on_an_isotropic_core_by_its_formula(kind, a, b, ridge, generator):
-    deltas = dense(generator) if kind == "full" else adapters(generator)
-    if kind == "equal":
-        deltas = [deltas[0]] * 3  # the tasks span three directions, not nine
-    r = 6 if kind == "full" else 3
-    parts = [torch.linalg.svd(d if kind == "full" else d.dense(), full_matrices=False) for d in deltas]
-    u = torch.cat([u[:, :r] for u, _, _ in parts], 1)
-    v = torch.cat([vh[:r].mT for _, _, vh in parts], 1)
-    s = torch.cat([s[:r] for _, s, _ in parts])
-    left, values, right = torch.linalg.svd((u * s) @ v.mT, full_matrices=False)
-    rank = int((values > 1e-9 * values[0]).sum())
-    flat = values[:rank].mean() * left[:, :rank] @ right[:rank]
-
-    def power(bases, exponent):
-        p, sigma, _ = torch.linalg.svd(bases, full_matrices=False)
-        kept = sigma > 1e-9 * sigma[0]
-        return (p[:, kept] * (sigma[kept] ** 2 + ridge) ** (-exponent / 2)) @ p[:, kept].mT
-
-    expected = power(u, a - 1) @ flat @ power(v, b - 1)
-    options = {"left_exponent": a, "right_exponent": b, "ridge": ridge, "smoothing": "none"}
-    merged = dirmerge.merge_deltas(deltas, "whitened", core="isotropic", **options)
-    assert torch.allclose(merged.dense(), expected, atol=1e-8)
-    assert merged.low_rank() is not None
-    if (a, b, ridge, kind) == (1, 1, 0, "lora"):
-        assert torch.allclose(merged.dense(), dirmerge.merge_deltas(deltas, "iso_c").dense(), atol=1e-8)
-
-
 def test_whitened_balances_adapters_alone_and_is_tsv_m_without(generator):
     loras = adapters(generator)
     plain = {"left_exponent": 1.0, "right_exponent": 1.0, "ridge": 0.0}
