@@ -461,6 +461,11 @@ class Recipe(_Strict):
             weights.append(1.0 if value is None else float(value))
         return weights
 
+    def present(self) -> int:
+        """Return the number of tasks whose weight is not 0 everywhere."""
+        settings = [e.parameters.get("weight", self.parameters.get("weight")) for e in self.tasks()]
+        return sum(setting is None or any(value != 0 for value in setting.values()) for setting in settings)
+
     def options(self, name: str, depth: float) -> dict[str, Scalar]:
         """Return the method's options as given for the tensor `name`; what is not given keeps its default."""
         # Options inside models are the same for all of them (_task_parameter_problems): the first has them.

@@ -7,7 +7,7 @@ import torch
 
 import dirmerge
 from dirmerge import LowRank
-from dirmerge.methods import Tasks, merge_tasks
+from dirmerge.methods import Scale, Tasks, merge_tasks
 from dirmerge.scale import alignment_terms, scale_for
 
 
@@ -66,3 +66,12 @@ def test_scale_for_edges():
     assert scale_for(0.0, 0.0, 0.5) == 1.0
     with pytest.raises(ValueError, match="no scale reaches"):
         scale_for(-1.0, 4.0, 0.5)
+
+
+def test_a_default_target_falls_with_the_number_of_tasks():
+    scale = Scale(alignment=0.8, at_tasks=8)
+    assert scale.for_tasks(8) == Scale(alignment=0.8)
+    assert scale.for_tasks(32) == Scale(alignment=0.4)
+    assert scale.for_tasks(2) == scale.for_tasks(1) == Scale(alignment=1.0)
+    assert Scale(alignment=0.8).for_tasks(3) == Scale(alignment=0.8)
+    assert Scale(value=0.3).for_tasks(3) == Scale(value=0.3)

@@ -44,7 +44,7 @@ def main() -> None:
             if (seed, method) in done:
                 continue
             row: dict[str, Any] = {"seed": seed, "method": method}
-            target = get_method(method).default_scale(adapters=False).alignment
+            target = get_method(method).default_scale(False, len(setting.set.merged)).alignment
             assert target is not None  # spectral methods are scaled by alignment
             updates = {
                 svd: merge(setting.finetunes, Variant(method, {"svd": svd}))

@@ -24,7 +24,7 @@ REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
 KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
 # The row that each study's settings are compared with.
-STUDY_OF = {"frames": "mda", "fraction": "mda", "keep": "dc_merge", "balancing": "dc_merge"}
+STUDY_OF = {"frames": "tsv_m", "fraction": "mda", "keep": "dc_merge", "balancing": "dc_merge"}
 METHODS = {name for rows in TABLES.values() for name in rows}
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -327,6 +327,7 @@ def _study(groups: dict[tuple[str, str], Group], study: str) -> list[str]:
     lines = []
     for (task_set, kind), group in groups.items():
         names = [name for name in STUDIES[study](kind) if name in group.names]
+        names += ["mda"] if names and study == "frames" else []
         if not names or plain not in group.names:
             continue
         rows: list[list[object]] = [[plain, group.estimate(plain).cell(), "", ""]]
@@ -478,8 +479,9 @@ def _scales(groups: dict[tuple[str, str], Group]) -> list[str]:
         shown = ", ".join(f"{c:.2f}" for _, c in sorted(constants.items()))
         rows.append([rule.name, together, shown, *_losses(losses, settings)])
     shipped: dict[tuple[str, str], list[float]] = {}
-    for task_set, kind, _, _, _, row in cases:
-        default = get_method(row["method"]).default_scale(kind == "lora")
+    for task_set, kind, _, _, run, row in cases:
+        count = len(run["about"]["merged"])
+        default = get_method(row["method"]).default_scale(kind == "lora", count)
         loss = (
             RULES[0].regret(row, 1.0, default.value)
             if default.value is not None

@@ -241,10 +241,10 @@ class _Planner:
             return ScalePlan(recipe.scale, None, "model", origin)
         if recipe.alignment is not None:
             return ScalePlan(None, recipe.alignment, recipe.alignment_per, "recipe")
-        default = self.method.default_scale(self.adapters_only)
-        origin = (
-            f"default of {self.method.name} for {'adapters' if self.adapters_only else 'full fine-tunes'}"
-        )
+        count = max(1, recipe.present())
+        default = self.method.default_scale(self.adapters_only, count)
+        kind = "adapters" if self.adapters_only else "full fine-tunes"
+        origin = f"default of {self.method.name} for {kind}, T = {count}"
         if default.value is not None:
             return ScalePlan(Setting(((None, default.value),)), None, "model", origin)
         return ScalePlan(None, default.alignment, recipe.alignment_per, origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
@@ -198,21 +199,40 @@ class MergedDelta:
 
 @dataclass(frozen=True)
 class Scale:
-    """How λ is chosen: a raw value, or the data-free alignment target from which it follows; one is set."""
+    """How λ is chosen: a raw value, or the data-free alignment target from which it follows; one is set.
+
+    Attributes:
+        value: raw λ.
+        alignment: target for a(λD).
+        at_tasks: the number of tasks that the target is for; see `for_tasks`.
+    """
 
     value: float | None = None
     alignment: float | None = None
+    at_tasks: int | None = None
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.alignment is None):
             raise ValueError("exactly one of value and alignment must be given")
 
+    def for_tasks(self, count: int) -> Scale:
+        """Returns the scale for that many tasks: a target falls with 1/√T, and is 1 at most.
 
-# Defaults of the spectral methods: one target per setting, measured on eight fine-tunes of a 22.7 M encoder
-# with one seed. Against each method's own best λ on validation texts they lose 0.1 points on average for full
-# fine-tunes (at most 0.6) and 0.4 for rank-16 adapters (at most 1.4): scans in benchmarks/results/tasks.md.
-FULL_ALIGNMENT = Scale(alignment=0.9)
-ADAPTER_ALIGNMENT = Scale(alignment=0.6)
+        Args:
+            count: T, of the tasks that take part.
+
+        Source:
+            this project: scans of 4, 6, 8, 12 and 16 tasks, benchmarks/results/tasks.md.
+        """
+        if self.alignment is None or self.at_tasks is None:
+            return self
+        return Scale(alignment=round(min(1.0, self.alignment * math.sqrt(self.at_tasks / count)), 3))
+
+
+# Defaults of the spectral methods: one target per setting, at eight tasks. What they lose against each
+# method's own best λ on validation texts is in benchmarks/results/tasks.md.
+FULL_ALIGNMENT = Scale(alignment=0.9, at_tasks=8)
+ADAPTER_ALIGNMENT = Scale(alignment=0.75, at_tasks=8)
 
 
 def kept_ranks(tasks: Tasks, rank: int | None = None) -> list[int]:

@@ -64,9 +64,9 @@ class Method:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.name not in _CALL_ARGUMENTS}
 
-    def default_scale(self, adapters: bool) -> Scale:
-        """Returns how λ is chosen when the user says nothing."""
-        return self.adapter_scale if adapters else self.scale
+    def default_scale(self, adapters: bool, tasks: int) -> Scale:
+        """Returns how λ is chosen when the user says nothing, for adapters or not and that many tasks."""
+        return (self.adapter_scale if adapters else self.scale).for_tasks(tasks)
 
     def validate(self, options: Mapping[str, Any], *, adapters: bool) -> dict[str, Any]:
         """Checks option names, types, ranges and combinations.

@@ -41,7 +41,7 @@ def _cost(
 @register(
     "least interference with every task's row space",
     scale=FULL_ALIGNMENT,
-    adapter_scale=Scale(alignment=0.36),
+    adapter_scale=Scale(alignment=0.36, at_tasks=8),
     check=_check,
     estimate=_cost,
 )

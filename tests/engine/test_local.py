@@ -140,8 +140,19 @@ def test_alignment_per_parameter(models):
 def test_the_default_scale_is_reported(models):
     result = api.merge(recipe(models))
     assert result.scale > 0
-    assert "default of tsv_m for full fine-tunes" in result.summary()
+    assert "default of tsv_m for full fine-tunes, T = 3" in result.summary()
     assert f"{result.scale:.4g}" in result.summary()
+
+
+def test_a_task_of_weight_zero_does_not_count_for_the_default_scale(models):
+    entries = [{"model": str(models / f"m{t}")} for t in range(3)]
+    entries[1]["parameters"] = {"weight": 0}
+    absent = api.merge(recipe(models, models=[entries[0], entries[2]], method="dc_merge"))
+    zero = api.merge(recipe(models, models=entries, method="dc_merge"))
+    assert zero.scale == absent.scale
+    assert "T = 2" in zero.summary()
+    entries[1]["parameters"] = {"weight": [{"filter": "mlp", "value": 1}, {"value": 0}]}
+    assert "T = 3" in api.merge(recipe(models, models=entries, method="dc_merge")).summary()
 
 
 def test_sharded_in_and_out(models):
