@@ -156,6 +156,11 @@ def _combined(kind: str) -> dict[str, Variant]:
     return rows
 
 
+def _chosen(kind: str) -> dict[str, Variant]:
+    """What the validation texts put first over both kinds, with the test texts."""
+    return {"whitened iso_c": _combined(kind)["iso_c whitened"]}
+
+
 STUDIES = {
     "frames": _frames,
     "fraction": _fraction,
@@ -163,6 +168,7 @@ STUDIES = {
     "balancing": _balancing,
     "whitened": _whitened,
     "combined": _combined,
+    "chosen": _chosen,
 }
 # Studies whose settings are compared on validation texts alone, so that none is chosen on the test texts.
 VALIDATION_ONLY = ("whitened", "combined")
@@ -197,4 +203,5 @@ PLAN = (
     "merge --study fraction",
     "merge --study whitened --seeds 0 1 2",
     "merge --study combined --seeds 0 1 2",
+    "merge --study chosen --seeds 0 1 2",
 )

@@ -24,7 +24,13 @@ REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
 KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
 # The row that each study's settings are compared with.
-STUDY_OF = {"frames": "tsv_m", "fraction": "mda", "keep": "dc_merge", "balancing": "dc_merge"}
+STUDY_OF = {
+    "frames": "tsv_m",
+    "fraction": "mda",
+    "keep": "dc_merge",
+    "balancing": "dc_merge",
+    "chosen": "whitened",
+}
 METHODS = {name for rows in TABLES.values() for name in rows}
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
