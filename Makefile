@@ -63,6 +63,7 @@ bench-gpu: setup  ## the same on a GPU; says so where there is none
 
 tasks: setup  ## the real-task benchmark, resumed from benchmarks/results/tasks; OUT=new/folder measures all of it again (hours)
 	$(BIN)/python -m benchmarks.tasks --all $(if $(OUT),--out "$(OUT)")
+	$(BIN)/python -m benchmarks.tasks.widths $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build *.egg-info dirmerge/*.so .pytest_cache .mypy_cache .ruff_cache

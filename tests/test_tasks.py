@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.tasks import __main__ as command_line
 from benchmarks.tasks import alignment, experiments, report, sweep
 from benchmarks.tasks import setting as setting_module
-from benchmarks.tasks.__main__ import measure
 from benchmarks.tasks.experiments import Post, Variant
 from benchmarks.tasks.setting import Setting
 from benchmarks.tasks.store import Results, ResultsError, pack, read, unpack
@@ -81,6 +81,22 @@ def test_sets_name_tasks_that_exist_once() -> None:
         assert len(set(found.tasks)) == len(found.tasks)
         assert set(found.tasks) <= known
     assert [len(experiments.SETS[n].tasks) for n in ("pypi", "twelve", "sixteen")] == [8, 12, 16]
+
+
+def test_everything_is_a_list_of_commands_that_parse(monkeypatch, tmp_path) -> None:
+    chosen = []
+
+    def settings(arguments):
+        chosen.append((arguments.sets, arguments.kinds, arguments.seeds, arguments.out, arguments.threads))
+        return []
+
+    for module in (command_line, alignment):
+        monkeypatch.setattr(module, "settings", settings)
+        monkeypatch.setattr(module.report, "write", lambda out: None)
+    command_line.main(["--all", "--out", str(tmp_path), "--threads", "1"])
+    assert len(chosen) == len(experiments.PLAN)
+    assert {row[3:] for row in chosen} == {(tmp_path, 1)}
+    assert {name for row in chosen for name in row[0]} >= {"pypi", "unseen-a", "twelve", "sixteen"}
 
 
 def finetunes(generator, *, low_rank: bool = False) -> FineTunes:
@@ -243,7 +259,7 @@ def test_a_row_is_of_the_merged_model_whenever_the_texts_are_read(tiny) -> None:
     own = measured.own
     assert set(own["own_test"]) == {"movie", "city"}
     # A run that goes on from the stored row `own` reads the test texts after it has set the weights.
-    row = measure(tiny(), "average", Variant("average"))
+    row = command_line.measure(tiny(), "average", Variant("average"))
     encoder = load_encoder(measured.folder)
     update = merge(measured.finetunes, Variant("average"))
     sweep.set_weights(encoder, measured.base, update, row["scale"])
@@ -259,8 +275,8 @@ def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -
     pytest.importorskip("matplotlib")
     setting = tiny()
     for name in ("average", "tsv_m", "dc_merge"):
-        measure(setting, name, Variant(name))
-    measure(setting, "whitened 2 2 0", Variant("whitened"), test=False)
+        command_line.measure(setting, name, Variant(name))
+    command_line.measure(setting, "whitened 2 2 0", Variant("whitened"), test=False)
     bench = alignment.Bench(tiny())
     for method in ("tsv_m", None):
         alignment.closed_form_rows(bench, method)

@@ -192,13 +192,17 @@ ALIGNED = "--methods task_arithmetic tsv_m dc_merge whitened"
 PLAN = (
     "merge --seeds 0 1 2",
     f"align --seeds 0 1 2 {ALIGNED}",
-    "merge --sets unseen-a twelve sixteen",
+    "merge --sets unseen-a four twelve sixteen",
     "merge --study frames --seeds 0 1 2",
     "align --learn mda --start identity",
     "align --learn mda --start rotation",
+    *(
+        f"align --learn mda --methods task_arithmetic dc_merge --options {option}"
+        for option in ("alpha=0", "beta=0", "rotate=false", "lr_scale=0.001")
+    ),
     "align --learn adamerging --per model",
     "align --learn adamerging --per parameter",
-    "merge --study keep",
+    "merge --study keep --sets pypi four",
     "merge --study balancing",
     "merge --study fraction",
     "merge --study whitened --seeds 0 1 2",
