@@ -229,9 +229,9 @@ class Scale:
         return Scale(alignment=round(min(1.0, self.alignment * math.sqrt(self.at_tasks / count)), 3))
 
 
-# Defaults of the spectral methods: one target per setting, at eight tasks. Against each method's own best λ on
-# validation texts they lose 0.9 points on average over eight settings of 4 to 16 tasks, a constant target 1.5:
-# benchmarks/results/tasks.md.
+# Defaults of the spectral methods: one target per setting, at eight tasks. Against each method's own best λ
+# on validation texts they lose 0.9 points on average over eight settings of 4 to 16 tasks, a target that does
+# not fall 1.5: benchmarks/results/tasks.md.
 FULL_ALIGNMENT = Scale(alignment=0.9, at_tasks=8)
 ADAPTER_ALIGNMENT = Scale(alignment=0.6, at_tasks=8)
 

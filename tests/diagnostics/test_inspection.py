@@ -119,7 +119,7 @@ def test_a_finished_merge_measures_as_its_recipe(models, tmp_path, names, as_ada
     finished, planned = inspect(tmp_path / "out"), inspect(plain)
     assert finished.finished
     assert not planned.finished
-    assert "alignment 1 (default of dc_merge" in finished.scale
+    assert "(default of dc_merge for" in finished.scale
     for one, other in zip(finished.parameters, planned.parameters, strict=True):
         assert one.name == other.name
         assert one.alignment == pytest.approx(other.alignment, rel=1e-3)
