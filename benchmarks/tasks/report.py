@@ -532,7 +532,7 @@ def _widths(folder: Path) -> list[str]:
     for name, row in sorted(
         read(path)["rows"].items(), key=lambda item: (item[0].split()[0], item[1]["width"])
     ):
-        for rule, found in row["rules"].items():
+        for rule, found in sorted(row["rules"].items(), key=lambda item: item[1]["entries_per_rank"]):
             entries = f"{found['entries_per_rank']:.1f}"
             rows.append([name, rule, entries, f"{found['cosine']:.3f}", f"{found['similarity']:.3f}"])
     return _table(["kind, width", "kept", "entries / r", "cosine to no filter", "DirSim"], rows)
