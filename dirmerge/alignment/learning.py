@@ -110,7 +110,8 @@ def learn(
 
     Returns:
         Learned: model, λ, maps, folded heads, and what the guard saw. Never worse than the start by the
-        unsupervised loss.
+        unsupervised loss, which is no promise of accuracy: on the real tasks it fell while TSV-M and DC-Merge
+        lost a point, and the guard saw nothing (benchmarks/results/tasks.md).
 
     Raises:
         ValueError: no task, names given twice, updates or maps that do not fit, or targets that do not exist.
