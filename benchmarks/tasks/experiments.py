@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.tasks import debian
 from dirmerge.demo.data import TASKS
+from dirmerge.demo.run import METHODS
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,7 @@ SETS = {
 }
 
 # The tables' rows. Options left out are the method's defaults, which follow the kind (smoothing, rank).
-_METHODS = {
-    name: Variant(name)
-    for name in (
-        "average",
-        "task_arithmetic",
-        "ties",
-        "tsv_m",
-        "mda",
-        "iso_c",
-        "iso_cts",
-        "dc_merge",
-        "whitened",
-    )
-}
+_METHODS = {name: Variant(name) for name in METHODS if name != "wudi"}
 # WUDI by Adam makes adapters dense and takes a hundred times longer than its exact minimiser.
 TABLES = {
     "full": _METHODS | {"wudi": Variant("wudi")},
