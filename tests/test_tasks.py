@@ -282,7 +282,7 @@ def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -
         alignment.closed_form_rows(bench, method)
     options = LearnOptions(steps=2, check_every=1, watch=1)
     for start in ("identity", "ridge"):
-        alignment.learned_row(bench, "tsv_m", start, options, "")
+        alignment.learned_rows(bench, "tsv_m", start, options, "")
     alignment.adamerging_row(bench, options)
     rows = read(setting.results.path)["rows"]
     assert set(rows) == {
@@ -292,8 +292,7 @@ def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -
         "dc_merge",
         "whitened 2 2 0",
         *(f"{m} + {kind}" for m in ("tsv_m", "base") for kind in ("rotation", "ridge")),
-        "tsv_m + learned",
-        "tsv_m + ridge + learned",
+        *(f"tsv_m{start} + learned{kept}" for start in ("", " + ridge") for kept in ("", ", guarded")),
         "adamerging (layer-wise)",
     }
     # The ridge map imitates the fine-tune on the texts it was fitted on, which are the test texts here.

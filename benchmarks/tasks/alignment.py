@@ -11,10 +11,11 @@ Maps and scales are fitted on unlabelled training texts alone, the test texts ar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -37,7 +38,9 @@ from dirmerge.alignment import (
     adamerging,
     learn,
 )
+from dirmerge.alignment.heads import read_pair
 from dirmerge.alignment.maps import fit_task
+from dirmerge.alignment.weights import ScaledUpdates
 from dirmerge.demo.evaluate import Probe
 from dirmerge.demo.model import LOGIT_SCALE, collate, embed
 from dirmerge.linalg import etf_gap
@@ -87,6 +90,11 @@ class Bench:
             set_weights(self.setting.model, self.setting.base, self.setting.all_finetunes.single(t))
             found.append(embed(self.setting.model, probe.ids, bf16=self.setting.bf16))
         return found
+
+    def finetunes(self) -> Iterator[Model]:
+        """Every task's own fine-tune."""
+        for t in range(len(self.inputs)):
+            yield Model(self.setting.model).updated(self.setting.all_finetunes.single(t).scaled)
 
     @cached_property
     def base_features(self) -> list[Tensor]:
@@ -175,31 +183,64 @@ def closed_form_rows(bench: Bench, method: str | None) -> None:
         bench.show(name, row, f"agreement held out {row['agreement']}")
 
 
-def learned_row(bench: Bench, method: str, start: str, options: LearnOptions, suffix: str) -> None:
-    """The learned form from a merge; `start` is the closed form it starts from, identity in the paper."""
+def learned_rows(bench: Bench, method: str, start: str, options: LearnOptions, suffix: str) -> None:
+    """The learned form from a merge: the state after all steps, and the one that the guard keeps.
+
+    Args:
+        bench: the setting.
+        method: the merge.
+        start: the closed form to start from; identity in the paper.
+        options: of the learned form.
+        suffix: what its name has beyond the method and the start.
+    """
     setting = bench.setting
     name = f"{method}{'' if start == 'identity' else f' + {start}'} + learned{suffix}"
+    guarded = f"{name}, guarded"
+    if all(setting.results.get(row) is not None for row in (name, guarded)):
+        return
+    update, scale = merge(setting.finetunes, TABLES[setting.kind][method]), bench.scale(method)
+    maps = None
+    if start != "identity":
+        a = bench.features(update, scale, bench.inputs)
+        maps = [
+            fit_task(task, a[t], own, None, kind=start, ridge=0.3, held_out=0.0).matrix
+            for t, (task, own) in enumerate(zip(bench.tasks, bench.own_features, strict=True))
+        ]
+    set_weights(setting.model, setting.base, None)
+    base = Model(setting.model).updated(update.fixed)
+    told = {"method": method, "start": start, "scale": scale}
 
-    def compute() -> Row:
-        update = merge(setting.finetunes, TABLES[setting.kind][method])
-        scale = bench.scale(method)
-        maps = None
-        if start != "identity":
-            a = bench.features(update, scale, bench.inputs)
-            maps = [
-                fit_task(task, a[t], own, None, kind=start, ridge=0.3, held_out=0.0).matrix
-                for t, (task, own) in enumerate(zip(bench.tasks, bench.own_features, strict=True))
-            ]
-        set_weights(setting.model, setting.base, None)
-        base = Model(setting.model).updated(update.fixed)
+    def run(chosen: LearnOptions, guard: bool) -> tuple[Learned, Learned]:
+        """What the run keeps, and its last state, which only the saved state has."""
+        own = bench.finetunes() if guard else None
         with tempfile.TemporaryDirectory() as folder:
             state = Path(folder) / "state.safetensors"
             found = learn(
-                base, update.scaled, bench.tasks, options, scale=scale, maps=maps, state=state, progress=show
+                base,
+                update.scaled,
+                bench.tasks,
+                chosen,
+                scale=scale,
+                maps=maps,
+                own=own,
+                state=state,
+                progress=show,
             )
-        return {"method": method, "start": start, "scale": scale} | _learned(bench, found, options)
+            tensors, _ = read_pair(state)
+        weights = ScaledUpdates(base, {key: [d] for key, d in update.scaled.items()}, scale, chosen.per)
+        weights.set(tensors["scales"])
+        turned = [tensors.get(f"{t}.rotation") for t in range(len(bench.tasks))]
+        matrices = [
+            r if maps is None else maps[t] if r is None else maps[t] @ r for t, r in enumerate(turned)
+        ]
+        last = dataclasses.replace(found, model=weights.merged(), matrices=matrices, best_step=found.steps)
+        return found, last
 
-    bench.show(name, setting.results.once(name, compute))
+    kept, last = run(options, True)
+    bench.show(guarded, setting.results.once(guarded, lambda: told | _learned(bench, kept, options)))
+    if kept.stopped is not None and setting.results.get(name) is None:
+        last = run(options.model_copy(update={"min_agreement": 0.0, "max_shift": 1.0}), False)[1]
+    bench.show(name, setting.results.once(name, lambda: told | _learned(bench, last, options)))
 
 
 def adamerging_row(bench: Bench, options: LearnOptions) -> None:
@@ -271,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in arguments.methods:
             if arguments.learn == "mda":
                 suffix = "".join(f" {o}" for o in sorted(arguments.options))
-                learned_row(bench, method, arguments.start, options, suffix)
+                learned_rows(bench, method, arguments.start, options, suffix)
             else:
                 closed_form_rows(bench, method)
         if arguments.learn == "none":

@@ -60,7 +60,7 @@ class LearnOptions(_Strict):
     bf16: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     check_every: Count = 10
-    watch: Count = 4
+    watch: Count = 8
     min_agreement: Fraction = 0.6
     max_shift: Fraction = 0.3
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.alignment.heads import CallableHead, Head, as_head
-from dirmerge.alignment.model import AlignmentTask, Model, read_features
+from dirmerge.alignment.model import AlignmentTask, Model, paired, read_features
 from dirmerge.linalg import procrustes
 
 MapKind = Literal["rotation", "ridge"]
@@ -139,7 +139,7 @@ def closed_form(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be in [0, 1), got {held_out}")
     results = []
-    for task, source in _pairs(tasks, own):
+    for task, source in paired(tasks, own):
         b = source if isinstance(source, Tensor) else read_features(source, task, bf16=bf16)
         a = read_features(merged, task, bf16=bf16)
         if a.shape != b.shape:
@@ -193,16 +193,3 @@ def _fit(head: Head | CallableHead, z: Tensor, b: Tensor) -> Fit:
     distance = torch.linalg.matrix_norm(z - b) / torch.linalg.matrix_norm(b)
     same = head.logits(z).argmax(1) == head.logits(b).argmax(1)
     return Fit(float(distance), float(same.double().mean()))
-
-
-def _pairs(
-    tasks: Sequence[AlignmentTask], own: Iterable[Model | torch.nn.Module | Tensor]
-) -> Iterable[tuple[AlignmentTask, Model | torch.nn.Module | Tensor]]:
-    sources = iter(own)
-    for task in tasks:
-        source = next(sources, None)
-        if source is None:
-            raise ValueError(f"own must have one fine-tune per task, none is left for {task.name}")
-        yield task, source
-    if next(sources, None) is not None:
-        raise ValueError(f"own must have one fine-tune per task, got more than {len(tasks)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -130,6 +130,25 @@ def device_of(model: Model) -> torch.device:
     """Where the model's weights are."""
     first = next(model.module.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+_Own = TypeVar("_Own")
+
+
+def paired(tasks: Sequence[AlignmentTask], own: Iterable[_Own]) -> Iterator[tuple[AlignmentTask, _Own]]:
+    """Yields every task with its own fine-tune, one at a time.
+
+    Raises:
+        ValueError: there are not as many fine-tunes as tasks.
+    """
+    sources = iter(own)
+    for task in tasks:
+        source = next(sources, None)
+        if source is None:
+            raise ValueError(f"own must have one fine-tune per task, none is left for {task.name}")
+        yield task, source
+    if next(sources, None) is not None:
+        raise ValueError(f"own must have one fine-tune per task, got more than {len(tasks)}")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -306,33 +306,46 @@ class _Job:
 
     def _fit(self, plan: Plan, weights: Mapping[str, Tensor], kind: MapKind) -> list[TaskMap]:
         """Fit every task's map, one fine-tune in memory at a time."""
-        base = {tensor.name: _base(plan, tensor) for tensor in plan.tensors if tensor.in_base}
-        found = []
+        base = _base_weights(plan)
+        section, found = self.section, []
         for i, source in enumerate(self.sources):
-            module = source.module()
-            task = source.task(module, self.section)
+            own = self._own(plan, source, weights, base)
+            module = own.module
+            task = source.task(module, section)
             names = source.names(module, weights)
-            own = Model(module)
-            if source.adapter is not None:
-                values = {name: base[name] for name in names if name in base}
-                for tensor in plan.tensors:
-                    delta = _delta(plan, tensor, source.t) if tensor.name in names else None
-                    if delta is not None:
-                        dense = delta.dense() if isinstance(delta, LowRank) else delta
-                        values[tensor.name] = values[tensor.name] + dense
-                own = Model(module, {names[name]: value for name, value in values.items()})
             models = [
                 Model(module, {inner: values[name] for name, inner in names.items() if name in values})
                 for values in (weights, base)
             ]
             a, control = (read_features(model, task) for model in models)
             b = read_features(own, task)
-            section = self.section
             found.append(
                 fit_task(task, a, b, control, kind=kind, ridge=section.ridge, held_out=section.held_out)
             )
             self._tell("features", task.name, i + 1, len(self.sources))
         return found
+
+    def _own(
+        self, plan: Plan, source: _Source, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    ) -> Model:
+        """The fine-tune of a task, in a module of its own."""
+        module = source.module()
+        if source.adapter is None:
+            return Model(module)
+        names = source.names(module, weights)
+        values = {name: base[name] for name in names if name in base}
+        for tensor in plan.tensors:
+            delta = _delta(plan, tensor, source.t) if tensor.name in names else None
+            if delta is not None:
+                dense = delta.dense() if isinstance(delta, LowRank) else delta
+                values[tensor.name] = values[tensor.name] + dense
+        return Model(module, {names[name]: value for name, value in values.items()})
+
+    def _finetunes(self, plan: Plan, weights: Mapping[str, Tensor]) -> Iterator[Model]:
+        """Every task's fine-tune, one in memory at a time."""
+        base = _base_weights(plan)
+        for source in self.sources:
+            yield self._own(plan, source, weights, base)
 
     def _learned(self, folder: Path, state: str | Path | None) -> AlignResult:
         """Learn λ (and rotations), then merge again with what was learned."""
@@ -362,7 +375,6 @@ class _Job:
             updates[tensor.name] = [(merged - base) / scale]
             if section.method == "adamerging":
                 updates[tensor.name] = _deltas(plan, tensor)
-        plan.close()
         model = Model(module, {inner: fixed[name] for name, inner in names.items()})
         inside = {names[name]: parts for name, parts in updates.items()}
         scales = {names[name]: start[name] for name in updates}
@@ -370,17 +382,34 @@ class _Job:
         def told(value: LearnProgress) -> None:
             self._tell("learn", f"loss {value.loss:.4f}", value.step, value.steps)
 
+        options, own_models = section.learn, self._finetunes(plan, fixed)
         if section.method == "adamerging":
             common = next(iter(scales.values()))
-            found = adamerging(model, inside, tasks, section.learn, scale=common, state=state, progress=told)
+            found = adamerging(
+                model, inside, tasks, options, scale=common, own=own_models, state=state, progress=told
+            )
         else:
             maps = None if fits is None else [fit.matrix for fit in fits]
             found = learn(
-                model, inside, tasks, section.learn, scale=scales, maps=maps, state=state, progress=told
+                model,
+                inside,
+                tasks,
+                options,
+                scale=scales,
+                maps=maps,
+                own=own_models,
+                state=state,
+                progress=told,
             )
+        plan.close()
         learned = {name: found.scales[names[name]] for name in updates}
         result = self._merge(_with_scales(make_plan(self.recipe), learned), folder)
         notes = [*self.notes, *result.notes] + ([] if found.stopped is None else [found.stopped])
+        if found.best_step < found.steps:
+            notes.append(
+                f"the state after {found.best_step} of {found.steps} steps was kept: its predictions agree "
+                "most with those of the fine-tunes"
+            )
         heads = {task.name: head for task, head in zip(tasks, found.heads, strict=True)}
         return AlignResult(folder, section.method, result, heads, fits, found, notes)
 
@@ -424,6 +453,10 @@ def _base(plan: Plan, tensor: TensorPlan) -> Tensor:
     assert plan.base is not None  # _sources
     assert plan.base.checkpoint is not None
     return _wide(plan.base.checkpoint.read(tensor.name))
+
+
+def _base_weights(plan: Plan) -> dict[str, Tensor]:
+    return {tensor.name: _base(plan, tensor) for tensor in plan.tensors if tensor.in_base}
 
 
 def _delta(plan: Plan, tensor: TensorPlan, t: int) -> Delta | None:

@@ -81,7 +81,7 @@ def test_rotation_gradient_direction():
 def test_a_large_rotation_rate_is_stopped_by_the_guard():
     """The collapse of the real tasks in small: the loss falls, the predictions go; the best state is kept."""
     model, merged, chosen = base(), updates(0), tasks(batches=8, size=32)
-    wild = {"steps": 200, "lr_rotation": 5e-2, "alpha": 0.0, "beta": 0.0}
+    wild = {"steps": 200, "lr_rotation": 5e-2, "alpha": 0.0, "beta": 0.0, "watch": 4}
     free = learn(model, merged, chosen, LearnOptions(min_agreement=0, max_shift=1, **wild), scale=0.3)
     last = free.history[-1]
     assert last.loss < free.history[0].loss
@@ -107,6 +107,71 @@ def test_guard_sees_one_class_taking_over():
     assert not read(5, float("nan"), start, start, 0.0, 1.0).within
 
 
+def test_guard_weighs_what_the_fine_tunes_lost_against_what_they_gained():
+    reference = [torch.zeros(100, dtype=torch.int64), torch.zeros(50, dtype=torch.int64)]
+    start = [reference[0].clone(), torch.ones(50, dtype=torch.int64)]
+
+    def reading(lost, gained):
+        now = [start[0].clone(), start[1].clone()]
+        now[0][:lost] = 1
+        now[1][:gained] = 0
+        return read(1, 0.5, start, now, 0.0, 1.0, reference)
+
+    assert reading(4, 0).within  # 4 ≤ 2 √4
+    assert not reading(5, 0).within
+    assert reading(20, 10).within  # 10 ≤ 2 √30
+    assert not reading(30, 10).within
+    assert reading(0, 50).within
+    assert reading(10, 5).own == (0.9, 0.1)
+    assert reading(10, 5).score == (0.5, -0.5)
+    assert read(1, 0.5, start, start, 0.0, 1.0).own is None
+
+
+def test_the_state_that_agrees_with_the_fine_tunes_is_kept():
+    """A wild run's loss falls and falls; with the fine-tunes as judges the start is kept, and it stops."""
+    model, merged, chosen = base(), updates(0), tasks(batches=8, size=32)
+    wild = LearnOptions(
+        steps=60, lr_rotation=5e-2, alpha=0.0, beta=0.0, min_agreement=0, max_shift=1, watch=8, check_every=5
+    )
+    free = learn(model, merged, chosen, wild, scale=0.3)
+    assert free.best_step > 0
+    assert free.stopped is None
+    assert free.history[0].own is None
+    start = model.updated(merged, 0.3)
+    judged = learn(model, merged, chosen, wild, scale=0.3, own=(start for _ in chosen))
+    assert judged.history[0].own == (1.0, 1.0)
+    assert judged.best_step == 0
+    assert judged.steps < 60
+    assert "100.0 % at the start; lower lr_scale" in judged.stopped
+    for name in merged:
+        torch.testing.assert_close(judged.model.weight(name), start.weight(name), rtol=0, atol=1e-6)
+    # With the run's own end as the judge, the last states are the better ones.
+    ends = [Model(torch.nn.Sequential(Mapped(free.model, matrix)), {}) for matrix in free.matrices]
+    towards = learn(model, merged, chosen, wild, scale=0.3, own=ends)
+    assert towards.stopped is None
+    assert towards.best_step == free.best_step
+    best = next(reading for reading in towards.history if reading.step == towards.best_step)
+    assert min(best.own) > 0.99 > max(towards.history[0].own)
+
+
+class Mapped(torch.nn.Module):
+    """A model with its features mapped."""
+
+    def __init__(self, model, matrix):
+        super().__init__()
+        self.run, self.matrix = model, matrix
+
+    def forward(self, x):
+        return self.run(x) @ self.matrix
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_fine_tune_per_task(count):
+    model, merged, chosen = base(), updates(0), tasks()
+    with pytest.raises(ValueError, match="own must have one fine-tune per task"):
+        learn(model, merged, chosen, LearnOptions(steps=1), own=[model] * count)
+
+
 def test_infinite_loss_stops_with_the_start():
     model, merged = base(), updates(0)
 
@@ -122,13 +187,14 @@ def test_infinite_loss_stops_with_the_start():
     assert all(bool(torch.isfinite(found.model.weight(name)).all()) for name in merged)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, rotate):
+@pytest.mark.parametrize(("rotate", "judged"), [(True, False), (False, False), (True, True)])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, rotate, judged):
     model, merged, chosen = base(), updates(0, low_rank=True), tasks()
+    own = [model.updated(merged, 0.5)] * 2 if judged else None
     options = LearnOptions(
         steps=20, check_every=5, refresh=4, lr_rotation=1e-3, rotate=rotate, alpha=0.8 * rotate
     )
-    whole = learn(model, merged, chosen, options, scale=0.3)
+    whole = learn(model, merged, chosen, options, scale=0.3, own=own)
     state = tmp_path / "state.safetensors"
 
     class StopError(Exception):
@@ -139,14 +205,22 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, rotate):
             raise StopError
 
     with pytest.raises(StopError):
-        learn(model, merged, chosen, options, scale=0.3, state=state, progress=stop)
+        learn(model, merged, chosen, options, scale=0.3, own=own, state=state, progress=stop)
     steps = []
     resumed = learn(
-        model, merged, chosen, options, scale=0.3, state=state, progress=lambda p: steps.append(p.step)
+        model,
+        merged,
+        chosen,
+        options,
+        scale=0.3,
+        own=own,
+        state=state,
+        progress=lambda p: steps.append(p.step),
     )
     assert steps[0] == 11  # the last check before the interruption was at step 10
     assert resumed.scales == whole.scales
-    assert [r.loss for r in resumed.history] == [r.loss for r in whole.history]
+    assert resumed.history == whole.history
+    assert resumed.best_step == whole.best_step
     for name in merged:
         assert torch.equal(resumed.model.weight(name), whole.model.weight(name))
     for left, right in zip(resumed.heads, whole.heads, strict=True):
@@ -163,6 +237,8 @@ def test_foreign_or_damaged_state_is_refused(tmp_path):
         learn(model, merged, chosen, options.model_copy(update={"alpha": 0.1}), scale=0.3, state=state)
     with pytest.raises(CheckpointError, match="state of another run"):
         learn(model, merged, chosen, options, scale=0.4, state=state)
+    with pytest.raises(CheckpointError, match="state of another run"):
+        learn(model, merged, chosen, options, scale=0.3, own=[model] * 2, state=state)
     side = state.with_suffix(".json")
     content = json.loads(side.read_text())
     side.write_text(json.dumps({**content, "stamp": "0"}))
@@ -196,7 +272,7 @@ def test_seed_changes_the_order_and_nothing_else_does():
 def test_adamerging_minimises_entropy_alone():
     model, chosen = base(), tasks()
     deltas = {k: [updates(t)[k] for t in range(2)] for k in updates(0)}
-    options = LearnOptions(steps=40, lr_scale=5e-2, min_agreement=0, max_shift=1)
+    options = LearnOptions(steps=40, lr_scale=5e-2, min_agreement=0, max_shift=1, watch=4)
     layers = adamerging(model, deltas, chosen, options)
     assert all(len(values) == 2 for values in layers.scales.values())
     assert layers.matrices == [None, None]

@@ -195,6 +195,28 @@ def test_adamerging_writes_its_sum(models, tmp_path):
     )
 
 
+def test_the_fine_tunes_judge_the_learning(models, tmp_path):
+    """Half of D_a + D_a is the fine-tune: at the start every prediction is its own, and a wild run stops."""
+    path = recipe(
+        models,
+        method="learned",
+        start="identity",
+        learn={"steps": 30, "check_every": 5, "lr_scale": 0.3, "min_agreement": 0, "max_shift": 1},
+    )
+    plain = yaml.safe_load(path.read_text()) | {"merge_method": "task_arithmetic", "scale": 0.5}
+    for model, data in (("a", "a.csv"), ("b", "b.jsonl")):
+        column = plain["align"]["tasks"]["ab".index(model)].get("column")
+        plain["models"] = [{"model": str(models / model)}] * 2
+        chosen = {"data": str(models / data), "column": column}
+        tasks = [{"name": name, **chosen} for name in ("first", "second")]
+        found = dirmerge.align(plain | {"align": {**plain["align"], "tasks": tasks}}, tmp_path / model)
+        assert found.learned.history[0].own == (1.0, 1.0)
+        assert found.learned.best_step == 0
+        assert min(found.learned.history[-1].own) < 1
+        assert "those of the tasks' own fine-tunes, 100.0 % at the start" in found.learned.stopped
+        assert any("the state after 0 of" in note for note in found.notes)
+
+
 def test_heads_of_class_vectors_and_adapters(models, tmp_path):
     """Encoders with given heads; fine-tunes that are adapters: nothing but the base's modules is loaded."""
     generator = torch.Generator().manual_seed(3)
@@ -227,6 +249,11 @@ def test_heads_of_class_vectors_and_adapters(models, tmp_path):
     for fit in result.fits:
         assert 0 < fit.aligned.distance < fit.plain.distance
     assert json.loads((tmp_path / "out/heads/one.json").read_text())["info"]["features"] == "mean"
+    # The adapter alone, learned: its fine-tune is base plus adapter, with which the start agrees wholly.
+    plain["models"] = [plain["models"][0]] * 2
+    plain["align"] |= {"method": "learned", "start": "identity", "learn": {"steps": 1}}
+    learned = dirmerge.align(plain, tmp_path / "learned").learned
+    assert learned.history[0].own == (1.0, 1.0)
 
 
 def test_errors_name_file_and_column(models, tmp_path, monkeypatch):
