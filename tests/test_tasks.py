@@ -280,7 +280,7 @@ def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -
     bench = alignment.Bench(tiny())
     for method in ("tsv_m", None):
         alignment.closed_form_rows(bench, method)
-    options = LearnOptions(steps=2, check_every=1, watch=1)
+    options = LearnOptions(steps=2, check_every=1, watch=1, min_agreement=1.0, lr_scale=0.9)
     for start in ("identity", "ridge"):
         alignment.learned_rows(bench, "tsv_m", start, options, "")
     alignment.adamerging_row(bench, options)
@@ -295,6 +295,12 @@ def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -
         *(f"tsv_m{start} + learned{kept}" for start in ("", " + ridge") for kept in ("", ", guarded")),
         "adamerging (layer-wise)",
     }
+    # A run that its guard stops is run again without it, from the same start.
+    guarded, plain = rows["tsv_m + learned, guarded"], rows["tsv_m + learned"]
+    assert guarded["stopped"] is not None
+    assert (guarded["best_step"], plain["best_step"], plain["steps"]) == (0, 2, 2)
+    assert plain["history"][0]["loss"] == guarded["history"][0]["loss"]
+    assert guarded["test"] == rows["tsv_m"]["test"] != plain["test"]
     # The ridge map imitates the fine-tune on the texts it was fitted on, which are the test texts here.
     own = rows["own"]["own_test"]
     agree = [

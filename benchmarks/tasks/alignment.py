@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tasks import report
-from benchmarks.tasks.experiments import TABLES
+from benchmarks.tasks.experiments import rows_of
 from benchmarks.tasks.setting import Setting, add_arguments, settings
 from benchmarks.tasks.store import Row, pack
 from benchmarks.tasks.sweep import Merge, merge, set_weights
@@ -151,7 +151,7 @@ def closed_form_rows(bench: Bench, method: str | None) -> None:
         return
     update, scale = None, 1.0
     if method is not None:
-        update, scale = merge(setting.finetunes, TABLES[setting.kind][method]), bench.scale(method)
+        update, scale = merge(setting.finetunes, rows_of(None, setting.kind)[method]), bench.scale(method)
     a = bench.base_features if update is None else bench.features(update, scale, bench.inputs)
     z = bench.features(update, scale, setting.test)
     for kind, name in names.items():
@@ -198,7 +198,7 @@ def learned_rows(bench: Bench, method: str, start: str, options: LearnOptions, s
     guarded = f"{name}, guarded"
     if all(setting.results.get(row) is not None for row in (name, guarded)):
         return
-    update, scale = merge(setting.finetunes, TABLES[setting.kind][method]), bench.scale(method)
+    update, scale = merge(setting.finetunes, rows_of(None, setting.kind)[method]), bench.scale(method)
     maps = None
     if start != "identity":
         a = bench.features(update, scale, bench.inputs)
@@ -206,12 +206,12 @@ def learned_rows(bench: Bench, method: str, start: str, options: LearnOptions, s
             fit_task(task, a[t], own, None, kind=start, ridge=0.3, held_out=0.0).matrix
             for t, (task, own) in enumerate(zip(bench.tasks, bench.own_features, strict=True))
         ]
-    set_weights(setting.model, setting.base, None)
-    base = Model(setting.model).updated(update.fixed)
     told = {"method": method, "start": start, "scale": scale}
 
     def run(chosen: LearnOptions, guard: bool) -> tuple[Learned, Learned]:
         """What the run keeps, and its last state, which only the saved state has."""
+        set_weights(setting.model, setting.base, None)
+        base = Model(setting.model).updated(update.fixed)
         own = bench.finetunes() if guard else None
         with tempfile.TemporaryDirectory() as folder:
             state = Path(folder) / "state.safetensors"

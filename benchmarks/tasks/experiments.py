@@ -78,6 +78,20 @@ SETS = {
     "sixteen": TaskSet(PYPI + DEBIAN, (), 60, 300),
 }
 
+# The ways of fine-tuning, by name; adapters of other ranks are those of rank 16 in everything else.
+KINDS = {
+    "full": "full fine-tunes",
+    "lora": "LoRA adapters, rank 16",
+    "lora-r4": "LoRA adapters, rank 4",
+    "lora-r64": "LoRA adapters, rank 64",
+}
+
+
+def family(kind: str) -> str:
+    """Whether these are full fine-tunes or adapters: `full` or `lora`."""
+    return kind.partition("-")[0]
+
+
 # The tables' rows. Options left out are the method's defaults, which follow the kind (smoothing, rank).
 _METHODS = {name: Variant(name) for name in METHODS if name != "wudi"}
 # WUDI by Adam makes adapters dense and takes a hundred times longer than its exact minimiser.
@@ -96,9 +110,13 @@ def _fraction(kind: str) -> dict[str, Variant]:
     return {f"mda fraction {x:g}": Variant("mda", {"fraction": x}) for x in (0.01, 0.1, 0.5)}
 
 
+# DC-Merge's balancing by default, which `whitened` has too, and the other one.
+SMOOTHING = {"full": "none", "lora": "average"}
+OTHER = {"full": "average", "lora": "none"}
+
+
 def _dc_merge(kind: str, **options: object) -> Variant:
-    smoothing = {"full": "none", "lora": "average"}[kind]
-    return Variant("dc_merge", {"smoothing": smoothing, **options}, truncated=True)
+    return Variant("dc_merge", {"smoothing": SMOOTHING[family(kind)], **options}, truncated=True)
 
 
 def _keep(kind: str) -> dict[str, Variant]:
@@ -111,7 +129,7 @@ def _keep(kind: str) -> dict[str, Variant]:
 
 def _balancing(kind: str) -> dict[str, Variant]:
     """DC-Merge's energy balancing; the kind's default is the tables' row."""
-    other = {"full": "average", "lora": "none"}[kind]
+    other = OTHER[family(kind)]
     rows = {f"dc_merge {other}": _dc_merge(kind, smoothing=other)}
     for rho in (2.0, 5.0, 10.0):
         rows[f"dc_merge linear {rho:g}"] = _dc_merge(kind, smoothing="linear", rho=rho)
@@ -123,20 +141,31 @@ def _white(a: float, b: float, ridge: float, smoothing: str = "none", post: Post
     return Variant("whitened", options, truncated=True, post=post)
 
 
+# Exponents and ridges that are compared; (1, 1, 0) without balancing is TSV-M.
+GRID = (
+    (1.0, 1.0, 0.03),
+    (1.5, 1.5, 0.03),
+    (2.0, 1.5, 0.0),
+    (2.0, 1.5, 0.03),
+    (2.0, 1.5, 0.1),
+    (2.0, 2.0, 0.03),
+)
+
+
+def _grid(smoothing: str) -> dict[str, Variant]:
+    suffix = "" if smoothing == "none" else f" {smoothing}"
+    return {f"whitened {a:g} {b:g} {e:g}{suffix}": _white(a, b, e, smoothing) for a, b, e in GRID}
+
+
 def _whitened(kind: str) -> dict[str, Variant]:
-    """Exponents and ridges; (1, 1, 0) is TSV-M."""
-    grid = [(1.0, 1.0, 0.03), (1.5, 1.5, 0.03), (2.0, 2.0, 0.03), *((2.0, 1.5, e) for e in (0.0, 0.03, 0.1))]
-    return {f"whitened {a:g} {b:g} {e:g}": _white(a, b, e) for a, b, e in grid}
+    """Exponents and ridges, with the kind's balancing."""
+    return _grid(SMOOTHING[family(kind)])
 
 
 def _combined(kind: str) -> dict[str, Variant]:
     """The whitened rule with what the published methods have: balancing, centring, DC-Merge's aggregation."""
     further = Post(left=1.0, right=0.5, ridge=0.03)
-    exponents = [(a, b, 0.03) for a, b in ((1.0, 1.0), (1.5, 1.5), (2.0, 1.5), (2.0, 2.0))]
-    rows = {
-        f"whitened {a:g} {b:g} {e:g} average": _white(a, b, e, smoothing="average")
-        for a, b, e in (*exponents, (2.0, 1.5, 0.0), (2.0, 1.5, 0.1))
-    }
+    rows = _grid(OTHER[family(kind)])
     rows["whitened 2 1.5 0.03 linear"] = _white(2.0, 1.5, 0.03, smoothing="linear")
     rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)
@@ -164,7 +193,7 @@ VALIDATION_ONLY = ("whitened", "combined")
 
 def rows_of(study: str | None, kind: str) -> dict[str, Variant]:
     """The rows of a study, or of the tables where it is None."""
-    return TABLES[kind] if study is None else STUDIES[study](kind)
+    return TABLES[family(kind)] if study is None else STUDIES[study](kind)
 
 
 # Scales are scanned as alignment targets a(λD): raw λ of equal quality differ tenfold between methods.
@@ -176,6 +205,7 @@ START = {"lora": 0.5, "full": 0.9}
 
 # What `make tasks` runs, in this order: the arguments of benchmarks.tasks (merge) and of
 # benchmarks.tasks.alignment (align). Some hours on two cores.
+SPECTRAL = ("task_arithmetic", "tsv_m", "iso_c", "iso_cts", "dc_merge", "whitened")
 ALIGNED = "--methods task_arithmetic tsv_m dc_merge whitened"
 PLAN = (
     "merge --seeds 0 1 2",
@@ -194,6 +224,9 @@ PLAN = (
     "merge --study balancing",
     "merge --study fraction",
     "merge --study whitened --seeds 0 1 2",
+    "merge --study whitened --sets twelve sixteen",
     "merge --study combined --seeds 0 1 2",
+    f"merge --kinds lora-r4 lora-r64 --methods {' '.join(SPECTRAL)}",
+    "merge --kinds lora-r4 lora-r64 --study whitened",
     "merge --study chosen --seeds 0 1 2",
 )

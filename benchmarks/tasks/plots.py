@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.tasks.experiments import KINDS
+
 if TYPE_CHECKING:
     from benchmarks.tasks.report import Group
 
@@ -23,7 +25,7 @@ COLOURS = {
     "dc_merge": "#d62728",
     "whitened": "#9467bd",
 }
-TITLES = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
+TITLES = {kind: KINDS[kind] for kind in ("full", "lora")}
 
 
 def write(groups: Mapping[tuple[str, str], Group], folder: Path) -> None:

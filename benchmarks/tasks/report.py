@@ -16,13 +16,13 @@ import jinja2
 import numpy as np
 
 from benchmarks.tasks import plots
-from benchmarks.tasks.experiments import STUDIES, TABLES
+from benchmarks.tasks.experiments import KINDS, STUDIES, TABLES, family
 from benchmarks.tasks.store import FOLDER, Row, read, unpack
 from dirmerge.methods import get_method
 
 REFERENCE = "dc_merge"  # paired differences are taken against it
 RESAMPLES = 2000
-KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, rank 16"}
+GUARDED = ", guarded"  # a learned form's row with the state that the fine-tunes chose
 # The row that each study's settings are compared with.
 STUDY_OF = {
     "frames": "tsv_m",
@@ -162,7 +162,8 @@ def write(folder: Path = FOLDER) -> None:
 def _page(groups: dict[tuple[str, str], Group], folder: Path) -> str:
     """The template page.md.j2 filled with the tables; a section without results says so."""
     tables = {
-        **{f"methods_{kind}": _methods_table(groups.get(("pypi", kind))) for kind in KINDS},
+        **{f"methods_{kind}": _methods_table(groups.get(("pypi", kind))) for kind in ("full", "lora")},
+        "ranks": _ranks(groups),
         **{f"study_{study}": _study(groups, study) for study in STUDY_OF},
         "alignment": _alignment(groups),
         "options": _learned_options(groups),
@@ -239,9 +240,9 @@ def _alignment(groups: dict[tuple[str, str], Group]) -> list[str]:
     lines = []
     for kind, title in KINDS.items():
         group = groups.get(("pypi", kind))
-        if group is None:
+        if group is None or "base + ridge" not in group.names:
             continue
-        forms = ["rotation", "ridge", "learned", "rotation + learned", "ridge + learned"]
+        forms = ["rotation", "ridge", "learned", f"learned{GUARDED}", "rotation + learned", "ridge + learned"]
         methods = [m for m in METHODS if any(f"{m} + {f}" in group.names for f in forms)]
         forms = [f for f in forms if any(f"{m} + {f}" in group.names for m in methods)]
         rows: list[list[object]] = []
@@ -262,23 +263,54 @@ def _alignment(groups: dict[tuple[str, str], Group]) -> list[str]:
     return lines
 
 
+def _ranks(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """Normalised accuracy of seed 0 by the rank of the adapters."""
+    found = {
+        title: groups["pypi", kind]
+        for kind, title in KINDS.items()
+        if family(kind) == "lora" and ("pypi", kind) in groups
+    }
+    if len(found) < 2:
+        return []
+    named = {name for group in found.values() for name in METHODS & {*group.names}}
+    names = [n for n in named if all(0 in group.seeds(n) for group in found.values())]
+    rows = []
+    for name in [
+        "base",
+        *sorted(names, key=lambda n: sum(g.estimate(n, seeds=[0]).value for g in found.values())),
+    ]:
+        cells = []
+        for group in found.values():
+            cell = group.estimate(name, seeds=[0]).cell()
+            if name not in ("base", REFERENCE):
+                cell += f" ({group.estimate(name, REFERENCE, seeds=[0]).cell(sign=True)})"
+            cells.append(cell)
+        rows.append([name, *cells])
+    return _table(["method", *found], rows)
+
+
 def _learned_options(groups: dict[tuple[str, str], Group]) -> list[str]:
     """The learned form with one option changed, against its start and against the defaults."""
     rows: list[list[object]] = []
     for (task_set, kind), group in groups.items():
-        for name in sorted(n for n in group.names if " + learned" in n):
+        for name in sorted(n for n in group.names if " + learned" in n and not n.endswith(GUARDED)):
             start, _, option = name.partition(" + learned")
             full = f"{start} + learned"
             against = group.estimate(name, full).cell(sign=True) if option and group.seeds(name, full) else ""
-            gain = group.estimate(name, start).cell(sign=True) if group.seeds(name, start) else ""
-            run = group.rows(name)
-            steps = " / ".join(f"{row['best_step']} of {row['steps']}" for row in run)
-            agreement = min(min(r["agreement"]) for row in run for r in row["history"])
-            stopped = "yes" if any(row["stopped"] for row in run) else ""
             about = [f"{kind} {task_set}", start, option.strip() or "defaults"]
-            rows.append([*about, gain, against, steps, f"{agreement:.2f}", stopped])
+            agreement = min(min(r["agreement"]) for row in group.rows(name) for r in row["history"])
+            gains = [
+                group.estimate(n, start).cell(sign=True) if group.seeds(n, start) else ""
+                for n in (name, name + GUARDED)
+            ]
+            kept = [
+                f"{row['best_step']}" + (f" (stopped at {row['steps']})" if row["stopped"] else "")
+                for row in group.rows(name + GUARDED)
+            ]
+            rows.append([*about, gains[0], against, f"{agreement:.2f}", gains[1], " / ".join(kept)])
     heading = ["setting", "start", "option", "against the start [95 %]", "against the defaults [95 %]"]
-    return _table([*heading, "best step", "least agreement", "stopped"], rows) if rows else []
+    heading += ["least agreement", "guarded, against the start [95 %]", "step kept"]
+    return _table(heading, rows) if rows else []
 
 
 def _more_tasks(groups: dict[tuple[str, str], Group]) -> list[str]:
@@ -352,35 +384,33 @@ def _best(row: Row) -> float:
 
 
 def _validation_study(groups: dict[tuple[str, str], Group]) -> list[str]:
-    """Settings that are compared on validation texts alone."""
+    """Settings that are compared on validation texts alone: mean over the seeds, which all must have."""
     names: dict[str, None] = {}
-    columns: list[tuple[str, Group, int]] = []
-    for (task_set, kind), group in groups.items():
-        for seed, run in group.runs.items():
-            found = [n for n, row in run["rows"].items() if n != "own" and "test" not in row]
-            if found:
-                columns.append((f"{kind} {task_set} {seed}", group, seed))
-                names |= dict.fromkeys(found)
+    columns: dict[str, list[dict[str, Row]]] = {}
+    for (_, kind), group in sorted(groups.items(), key=lambda item: (item[0][1], len(item[1].merged))):
+        found = {
+            seed: [n for n, row in run["rows"].items() if n != "own" and "test" not in row]
+            for seed, run in group.runs.items()
+        }
+        runs = [group.runs[seed]["rows"] for seed in found if found[seed]]
+        if runs:
+            seeds = "seeds" if len(runs) > 1 else "seed"
+            columns[f"{kind}, T = {len(group.merged)} ({len(runs)} {seeds})"] = runs
+            names |= dict.fromkeys(name for rows in found.values() for name in rows)
     if not names:
         return []
     compared = [*names, *(n for n in ("tsv_m", "iso_c", "iso_cts", "dc_merge") if n not in names)]
-    rows = []
+    table = []
     for name in compared:
         values = [
-            _best(group.runs[seed]["rows"][name]) if name in group.runs[seed]["rows"] else None
-            for _, group, seed in columns
+            sum(_best(rows[name]) for rows in runs) / len(runs)
+            if all(name in rows for rows in runs)
+            else None
+            for runs in columns.values()
         ]
-        known = [value for value in values if value is not None]
-        mean = sum(known) / len(known) if len(known) == len(values) else None
-        rows.append((name, values, mean))
-    rows.sort(key=lambda row: (row[2] is not None, row[2] or 0.0), reverse=True)
-
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f}"
-
-    heading = ["setting", *(title for title, _, _ in columns), "mean"]
-    table = _table(heading, ([name, *map(cell, values), cell(mean)] for name, values, mean in rows))
-    return table
+        table.append([name, *("" if value is None else f"{100 * value:.2f}" for value in values)])
+    table.sort(key=lambda row: row[0])
+    return _table(["setting", *columns], table)
 
 
 @dataclass(frozen=True)
@@ -464,6 +494,7 @@ def _scales(groups: dict[tuple[str, str], Group]) -> list[str]:
         {(kind, task_set) for task_set, kind, *_ in cases}, key=lambda s: (s[0], len(s[1]), s[1])
     )
     rows = []
+    fitted = ("full", "lora")
     for rule, together in (
         (r, t) for t in ("one for both kinds", "one per kind", "sums apart") for r in RULES
     ):
@@ -472,8 +503,8 @@ def _scales(groups: dict[tuple[str, str], Group]) -> list[str]:
         for key in dict.fromkeys(groups_of):
             fit = [
                 (run, row)
-                for (s, _, seed, _, run, row), own in zip(cases, groups_of, strict=True)
-                if own == key and s == "pypi" and seed == 0
+                for (s, k, seed, _, run, row), own in zip(cases, groups_of, strict=True)
+                if own == key and s == "pypi" and seed == 0 and k in fitted
             ]
             if fit:
                 constants[key] = best_constant(rule, fit)
@@ -487,7 +518,7 @@ def _scales(groups: dict[tuple[str, str], Group]) -> list[str]:
     shipped: dict[tuple[str, str], list[float]] = {}
     for task_set, kind, _, _, run, row in cases:
         count = len(run["about"]["merged"])
-        default = get_method(row["method"]).default_scale(kind == "lora", count)
+        default = get_method(row["method"]).default_scale(family(kind) == "lora", count)
         loss = (
             RULES[0].regret(row, 1.0, default.value)
             if default.value is not None
@@ -513,7 +544,8 @@ def _group(together: str, kind: str, name: str) -> tuple[str, ...]:
     """The scans that share a rule's constant."""
     if together == "one for both kinds":
         return ()
-    return (kind,) if together == "one per kind" else (kind, str(name in SUMS))
+    own = family(kind)
+    return (own,) if together == "one per kind" else (own, str(name in SUMS))
 
 
 def _losses(losses: dict[tuple[str, str], list[float]], settings: Sequence[tuple[str, str]]) -> list[str]:

@@ -27,7 +27,7 @@ from dirmerge.demo.sources import Archives
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose settings, for `settings`."""
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["pypi"])
-    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--kinds", nargs="+", choices=RECIPES, default=["lora", "full"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.tasks.experiments import START, TARGETS, Post, Variant
+from benchmarks.tasks.experiments import START, TARGETS, Post, Variant, family
 from dirmerge.demo.evaluate import Probe, correct
 from dirmerge.diagnostics.measures import directional_similarity, response
 from dirmerge.linalg import polar
@@ -75,7 +75,7 @@ def load_finetunes(kind: str, folders: Mapping[str, Path], base: Mapping[str, Te
     """Reads the deltas of adapters (LowRank, scaling alpha / r) or of full fine-tunes (encoder tensors)."""
     deltas: dict[str, list[Tensor | LowRank]] = {}
     for folder in folders.values():
-        if kind == "lora":
+        if family(kind) == "lora":
             tensors = load_file(folder / "adapter_model.safetensors")
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             for key in sorted(k for k in tensors if k.endswith(".lora_A.weight")):
@@ -211,8 +211,8 @@ def scan(setting: Setting, update: Merge) -> list[dict[str, float]]:
         rows[target] = {"alignment": target, "scale": scale, "normalised": normalised}
         return normalised
 
-    grid = TARGETS[setting.kind]
-    start = grid.index(START[setting.kind])
+    grid = TARGETS[family(setting.kind)]
+    start = grid.index(START[family(setting.kind)])
     best = measure(grid[start])
     for side in (grid[start + 1 :], grid[:start][::-1]):
         below = 0

@@ -43,7 +43,11 @@ class Recipe:
     alpha: int = 16
 
 
-RECIPES = {"lora": Recipe("lora", 1e-3, 0.0), "full": Recipe("full", 1e-4, 0.01)}
+RECIPES = {
+    "lora": Recipe("lora", 1e-3, 0.0),
+    "full": Recipe("full", 1e-4, 0.01),
+    **{f"lora-r{r}": Recipe("lora", 1e-3, 0.0, rank=r, alpha=r) for r in (4, 64)},
+}
 
 
 def seed_of(kind: str, task: str, seed: int) -> int:
