@@ -7,7 +7,7 @@ import torch
 
 import dirmerge
 from dirmerge import LowRank
-from dirmerge.methods import Scale, Tasks, merge_tasks
+from dirmerge.methods import METHODS, Scale, Tasks, get_method, merge_tasks
 from dirmerge.scale import alignment_terms, scale_for
 
 
@@ -68,10 +68,22 @@ def test_scale_for_edges():
         scale_for(-1.0, 4.0, 0.5)
 
 
-def test_a_default_target_falls_with_the_number_of_tasks():
+def test_a_default_falls_with_the_number_of_tasks():
     scale = Scale(alignment=0.8, at_tasks=8)
     assert scale.for_tasks(8) == Scale(alignment=0.8)
     assert scale.for_tasks(32) == Scale(alignment=0.4)
     assert scale.for_tasks(2) == scale.for_tasks(1) == Scale(alignment=1.0)
     assert Scale(alignment=0.8).for_tasks(3) == Scale(alignment=0.8)
     assert Scale(value=0.3).for_tasks(3) == Scale(value=0.3)
+    raw = Scale(value=0.4, at_tasks=8, power=1.0, limit=1.5)
+    assert [raw.for_tasks(count).value for count in (1, 2, 4, 8, 16)] == [1.0, 1.5, 0.8, 0.4, 0.2]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_default_grows_with_the_number_of_tasks(name, adapters):
+    found = [get_method(name).default_scale(adapters, count) for count in range(1, 33)]
+    values = [scale.value or scale.alignment for scale in found]
+    assert values[0] == 1  # one task alone is left as it is
+    assert values[1:] == sorted(values[1:], reverse=True)
+    assert 0 < values[-1] <= values[1] <= 1.5

@@ -8,7 +8,7 @@ from dirmerge.methods.registry import register
 
 @register(
     "sum of the task vectors",
-    scale=Scale(value=0.35),
+    scale=Scale(value=0.43, at_tasks=8, power=1.0),
     elementwise=True,
     negative_weights=True,
 )

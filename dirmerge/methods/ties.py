@@ -15,7 +15,7 @@ from dirmerge.ops import elect_merge, kth_largest_magnitude
 
 @register(
     "trim small entries, elect signs, disjoint mean",
-    scale=Scale(value=1.0),
+    scale=Scale(value=1.08, at_tasks=8, limit=1.5),
     elementwise=True,
 )
 def ties(

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from dirmerge.linalg import SVDMethod
 from dirmerge.methods.common import (
-    ADAPTER_ALIGNMENT,
-    FULL_ALIGNMENT,
     Cover,
     MergedDelta,
     MergeRecord,
     Rank,
+    Scale,
     Smoothing,
     Tasks,
     Tolerance,
@@ -41,8 +40,8 @@ def _check(options: Mapping[str, Any], adapters: bool) -> None:
 
 @register(
     "task singular vectors whitened by chosen exponents, with a ridge (this project's)",
-    scale=FULL_ALIGNMENT,
-    adapter_scale=ADAPTER_ALIGNMENT,
+    scale=Scale(alignment=1.2, at_tasks=8, power=0.0, limit=1.2),
+    adapter_scale=Scale(alignment=0.75, at_tasks=8, limit=1.2),
     check=_check,
 )
 def whitened(

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import FULL_ALIGNMENT, MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
+from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
 from dirmerge.methods.registry import register
 
 
@@ -40,8 +40,8 @@ def _cost(
 
 @register(
     "least interference with every task's row space",
-    scale=FULL_ALIGNMENT,
-    adapter_scale=Scale(alignment=0.36, at_tasks=8),
+    scale=Scale(alignment=0.8, at_tasks=8, power=1.0),
+    adapter_scale=Scale(alignment=0.44, at_tasks=8, power=1.0),
     check=_check,
     estimate=_cost,
 )
