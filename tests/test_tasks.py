@@ -65,13 +65,13 @@ class TestStore:
         assert list(json.loads((tmp_path / "a.json").read_text())["rows"]) == ["x"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", experiments.KINDS)
 def test_every_row_of_every_study_has_valid_options(kind) -> None:
     for study in (None, *experiments.STUDIES):
         rows = experiments.rows_of(study, kind)
         assert rows
         for variant in rows.values():
-            adapters = kind == "lora" or variant.truncated
+            adapters = experiments.family(kind) == "lora" or variant.truncated
             get_method(variant.method).validate(variant.options, adapters=adapters)
 
 
@@ -96,7 +96,8 @@ def test_everything_is_a_list_of_commands_that_parse(monkeypatch, tmp_path) -> N
     command_line.main(["--all", "--out", str(tmp_path), "--threads", "1"])
     assert len(chosen) == len(experiments.PLAN)
     assert {row[3:] for row in chosen} == {(tmp_path, 1)}
-    assert {name for row in chosen for name in row[0]} >= {"pypi", "unseen-a", "twelve", "sixteen"}
+    assert {name for row in chosen for name in row[0]} == {*experiments.SETS}
+    assert {kind for row in chosen for kind in row[1]} == {*experiments.KINDS}
 
 
 def finetunes(generator, *, low_rank: bool = False) -> FineTunes:

@@ -210,12 +210,12 @@ ALIGNED = "--methods task_arithmetic tsv_m dc_merge whitened"
 PLAN = (
     "merge --seeds 0 1 2",
     f"align --seeds 0 1 2 {ALIGNED}",
-    "merge --sets unseen-a four twelve sixteen",
+    "merge --sets unseen-a unseen-b four twelve sixteen",
     "merge --study frames --seeds 0 1 2",
-    "align --learn mda --start identity",
-    "align --learn mda --start rotation",
+    "align --learn mda --seeds 0 1 2",
+    "align --learn mda --start rotation --methods task_arithmetic dc_merge",
     *(
-        f"align --learn mda --methods task_arithmetic dc_merge --options {option}"
+        f"align --learn mda --kinds full --methods task_arithmetic dc_merge --options {option}"
         for option in ("alpha=0", "beta=0", "rotate=false", "lr_scale=0.001")
     ),
     "align --learn adamerging --per model",
