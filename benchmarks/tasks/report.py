@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,13 @@ class Estimate:
         return " / ".join(f"{100 * self.seeds[seed]:{form}}" for seed in sorted(self.seeds))
 
 
+@cache
+def resamples(task: str, n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(RESAMPLES, n) how often each of a task's n texts is in each bootstrap sample."""
+    rng = np.random.default_rng([n, *task.encode()])
+    return rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float32)
+
+
 class Group:
     """The runs of one task set and kind over all seeds.
 
@@ -100,10 +107,9 @@ class Group:
         key = name, task, seed
         if key not in self._resampled:
             hits = self.hits(*key)
-            n = len(hits)
-            rng = np.random.default_rng([n, *task.encode()])
-            counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)
-            self._resampled[key] = np.concatenate(([hits.mean()], counts @ hits / n))
+            self._resampled[key] = np.concatenate(
+                ([hits.mean()], resamples(task, len(hits)) @ hits / len(hits))
+            )
         return self._resampled[key]
 
     def estimate(
