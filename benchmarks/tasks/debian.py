@@ -14,7 +14,8 @@
 The packages follow the release of the machine's archive. The sha256 of every prepared task is pinned to what
 Debian 12 has, and another one is an error unless it is accepted; numbers of accepted data are comparable
 within one machine only. The task debian has no pin: its texts are the package lists that the machine knows at
-the time, which change with its sources, its architecture and every update.
+the time, which change with its sources, its architecture and every update. Results hold the hash of every
+task's data, and rows of other data are never added to them.
 
 Splits are by group: the chapter for bible and austen, the source package for debian, the beginning of the
 text for foldoc, fortune and trump, which have versions of one text; elsewhere every text is its own group.

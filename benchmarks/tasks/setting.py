@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -69,16 +70,24 @@ class Setting:
         self.set = SETS[name]
         self.bf16 = bfloat16_pays()
         self._archives, self._accept_changed = archives, accept_changed
+        self._out = out
+
+    @cached_property
+    def results(self) -> Results:
+        """The rows that there are, of the same texts: the file has the hash of every task's data."""
         about = {
-            "set": name,
-            "kind": kind,
-            "seed": seed,
+            "set": self.name,
+            "kind": self.kind,
+            "seed": self.seed,
             "merged": list(self.set.merged),
             "unseen": list(self.set.unseen),
             "validation_texts": self.set.validation_texts,
             "test_texts": self.set.test_texts,
+            "data": {
+                task.name: hashlib.sha256(task.to_json().encode()).hexdigest()[:16] for task in self.data
+            },
         }
-        self.results = Results(out / f"{name}-{kind}-s{seed}.json", about)
+        return Results(self._out / f"{self.name}-{self.kind}-s{self.seed}.json", about)
 
     @cached_property
     def folder(self) -> Path:

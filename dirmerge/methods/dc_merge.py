@@ -65,7 +65,9 @@ def dc_merge(
 
     The published `keep` is another multiple of the rank at each width: about 3 r entries at 384, 8 tasks,
     and 33 r at 4096, but less than r with few adapters, which cost 12 points of accuracy with four of them.
-    `keep_per_rank` is the same everywhere; from 10 on it does not matter.
+    `keep_per_rank` is the same everywhere. From 1 to 30 it makes no difference for adapters; for full
+    fine-tunes 1 and 3 are best, 10 loses 0.4 points and 30 loses 1.1: 3 is the value to take
+    (benchmarks/results/tasks.md).
 
     Args:
         tasks: T deltas (m, n), dense or LowRank.
@@ -123,7 +125,7 @@ def dc_merge(
         # three of rank 16, where keeping 16 was worth 9 points of accuracy.
         record.notes.append(
             f"the filter keeps {counts[0]} entries per task, fewer than the rank {widest}: set "
-            "keep_per_rank, say to 10"
+            "keep_per_rank, say to 3"
         )
     own_blocks = factors.blocks()
     # Outside the diagonal blocks M_t only takes part in its own threshold, so one M_t at a time is formed
