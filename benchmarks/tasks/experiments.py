@@ -136,8 +136,12 @@ def _balancing(kind: str) -> dict[str, Variant]:
     return rows
 
 
-def _white(a: float, b: float, ridge: float, smoothing: str = "none", post: Post | None = None) -> Variant:
+def _white(
+    kind: str, a: float, b: float, ridge: float, smoothing: str = "none", post: Post | None = None
+) -> Variant:
     options = {"left_exponent": a, "right_exponent": b, "ridge": ridge, "smoothing": smoothing}
+    if family(kind) == "full":
+        options["rank"] = 384  # all that the truncation left, which must not count as adapters
     return Variant("whitened", options, truncated=True, post=post)
 
 
@@ -152,22 +156,31 @@ GRID = (
 )
 
 
-def _grid(smoothing: str) -> dict[str, Variant]:
+def _grid(kind: str, smoothing: str) -> dict[str, Variant]:
     suffix = "" if smoothing == "none" else f" {smoothing}"
-    return {f"whitened {a:g} {b:g} {e:g}{suffix}": _white(a, b, e, smoothing) for a, b, e in GRID}
+    return {f"whitened {a:g} {b:g} {e:g}{suffix}": _white(kind, a, b, e, smoothing) for a, b, e in GRID}
 
 
 def _whitened(kind: str) -> dict[str, Variant]:
     """Exponents and ridges, with the kind's balancing."""
-    return _grid(SMOOTHING[family(kind)])
+    return _grid(kind, SMOOTHING[family(kind)])
+
+
+def _rank(kind: str) -> dict[str, Variant]:
+    """Directions kept per task: fewer than an adapter has, or than ⌊p/T⌋."""
+    return {
+        f"{method} rank {k}": Variant(method, {"rank": k})
+        for method in ("tsv_m", "dc_merge", "whitened")
+        for k in (12, 16, 24, 48, 64)
+    }
 
 
 def _combined(kind: str) -> dict[str, Variant]:
     """The whitened rule with what the published methods have: balancing, centring, DC-Merge's aggregation."""
     further = Post(left=1.0, right=0.5, ridge=0.03)
-    rows = _grid(OTHER[family(kind)])
-    rows["whitened 2 1.5 0.03 linear"] = _white(2.0, 1.5, 0.03, smoothing="linear")
-    rows["whitened centred"] = _white(2.0, 1.5, 0.03, post=Post(centre=True))
+    rows = _grid(kind, OTHER[family(kind)])
+    rows["whitened 2 1.5 0.03 linear"] = _white(kind, 2.0, 1.5, 0.03, smoothing="linear")
+    rows["whitened centred"] = _white(kind, 2.0, 1.5, 0.03, post=Post(centre=True))
     rows["dc_merge whitened"] = dataclasses.replace(_dc_merge(kind), post=further)
     rows["iso_c whitened"] = Variant("iso_c", post=further)
     return rows
@@ -183,12 +196,13 @@ STUDIES = {
     "fraction": _fraction,
     "keep": _keep,
     "balancing": _balancing,
+    "rank": _rank,
     "whitened": _whitened,
     "combined": _combined,
     "chosen": _chosen,
 }
 # Studies whose settings are compared on validation texts alone, so that none is chosen on the test texts.
-VALIDATION_ONLY = ("whitened", "combined")
+VALIDATION_ONLY = ("rank", "whitened", "combined")
 
 
 def rows_of(study: str | None, kind: str) -> dict[str, Variant]:

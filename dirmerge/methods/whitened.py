@@ -74,7 +74,9 @@ def whitened(
         smoothing: DC-Merge's balancing of each task's singular values, their sum kept: "none" (default for
             dense deltas), "average" (default for adapters: all equal) or "linear".
         rho: ρ of the linear smoothing.
-        rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank.
+        rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank, and ⌊min(m, n) / 2T⌋
+            at most where adapters are balanced: equal weights on directions that nearly fill the space cost
+            4 points with eight adapters of rank 64 in 384 dimensions, 1 with sixteen of rank 16.
         svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD.
@@ -101,7 +103,10 @@ def whitened(
         "svd_tolerance": svd_tolerance,
     }
     record = MergeRecord("whitened", options, tasks.shape)
-    factors = factor_tasks(tasks, kept_ranks(tasks, rank), svd, svd_tolerance, seed)
+    ranks = kept_ranks(tasks, rank)
+    if rank is None and tasks.low_rank and smoothing != "none":
+        ranks = [min(r, max(1, min(tasks.shape) // (2 * len(tasks)))) for r in ranks]
+    factors = factor_tasks(tasks, ranks, svd, svd_tolerance, seed)
     record.ranks, record.energy, record.notes = factors.ranks, factors.energy, list(factors.notes)
     if sum(factors.ranks) == 0:
         return empty_result(tasks, record, factors)

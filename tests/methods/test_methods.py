@@ -114,6 +114,24 @@ def test_whitened_balances_adapters_alone_and_is_tsv_m_without(generator):
     assert torch.equal(same.dense(), dirmerge.merge_deltas(loras, "tsv_m").dense())
 
 
+def test_whitened_leaves_half_the_space_to_balanced_adapters(generator):
+    loras = [
+        LowRank(
+            torch.randn(24, 5, generator=generator).double(),
+            None,
+            torch.randn(20, 5, generator=generator).double(),
+        )
+        for _ in range(4)
+    ]
+    got = dirmerge.merge_deltas(loras, "whitened")
+    assert got.record.ranks == [2, 2, 2, 2]  # ⌊20 / (2 · 4)⌋
+    assert torch.equal(got.dense(), dirmerge.merge_deltas(loras, "whitened", rank=2).dense())
+    for options in ({"smoothing": "none"}, {"rank": 5}):
+        assert dirmerge.merge_deltas(loras, "whitened", **options).record.ranks == [5, 5, 5, 5]
+    full = [delta.dense() for delta in loras]
+    assert dirmerge.merge_deltas(full, "whitened", smoothing="average").record.ranks == [5, 5, 5, 5]
+
+
 def test_whitened_of_a_task_with_itself_stays_in_its_span(generator):
     delta = dense(generator, count=1)[0]
     merged = dirmerge.merge_deltas([delta, delta], "whitened", rank=4, ridge=0.0, left_exponent=1.5)
