@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -270,6 +271,15 @@ def test_a_row_is_of_the_merged_model_whenever_the_texts_are_read(tiny) -> None:
     assert measured.normalised(row["test"]) == pytest.approx(
         sum(sweep.mean(expected[t]) / sweep.mean(unpack(own["own_test"][t])) for t in expected) / 2
     )
+
+
+def test_results_are_of_one_data(tiny, monkeypatch) -> None:
+    first = tiny()
+    first.results.once("x", dict)
+    changed = {task.name: replace(task, test=task.test[1:]) for task in first.data}
+    monkeypatch.setattr(setting_module, "prepare", lambda name, _: changed[name])
+    with pytest.raises(ResultsError, match="made with other data"):
+        _ = tiny().results
 
 
 def test_maps_and_learned_forms_become_rows_and_a_page(tiny, tmp_path, capsys) -> None:
