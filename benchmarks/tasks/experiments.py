@@ -233,7 +233,7 @@ PLAN = (
         for option in ("alpha=0", "beta=0", "rotate=false", "lr_scale=0.001")
     ),
     "align --learn adamerging --per model",
-    "align --learn adamerging --per parameter",
+    "align --learn adamerging --per parameter --seeds 0 1 2",
     "merge --study keep --sets pypi four",
     "merge --study balancing",
     "merge --study fraction",
