@@ -235,6 +235,7 @@ PLAN = (
     "align --learn adamerging --per model",
     "align --learn adamerging --per parameter --seeds 0 1 2",
     "merge --study keep --sets pypi four",
+    "merge --study keep --kinds full --seeds 1 2",
     "merge --study balancing",
     "merge --study fraction",
     "merge --study whitened --seeds 0 1 2",
@@ -242,5 +243,9 @@ PLAN = (
     "merge --study combined --seeds 0 1 2",
     f"merge --kinds lora-r4 lora-r64 --methods {' '.join(SPECTRAL)}",
     "merge --kinds lora-r4 lora-r64 --study whitened",
+    "merge --kinds lora-r4 --study keep",
+    "merge --kinds lora-r64 --study rank",
+    "merge --sets sixteen --kinds lora --study rank",
+    "merge --kinds full --study rank",
     "merge --study chosen --seeds 0 1 2",
 )

@@ -111,7 +111,7 @@ def learn(
         own: per task its fine-tune, run once on the watched batches, one at a time, so a generator keeps one
             in memory. The guard then sees whether predictions leave those of the fine-tunes, and the best
             state is the one that agrees with them most. Without it a falling loss is all there is, which is
-            no promise of accuracy: on the real tasks it fell while TSV-M and DC-Merge lost a point
+            no promise of accuracy: on the real tasks it fell while TSV-M and DC-Merge lost 0.6 to 1.6 points
             (benchmarks/results/tasks.md).
         state: a file `….safetensors` (with a JSON beside it) that keeps the run at every check; if it is
             there, the run goes on from it, to the same result bit for bit.
