@@ -57,7 +57,8 @@ def merge(
         out: the folder to write, which appears complete or not at all; None for a state dict in the result.
         as_adapter: write a PEFT adapter instead of a model; all models must be adapters.
         rank: rank of that adapter; by default Σ r_t.
-        overwrite: whether an existing folder may be replaced.
+        overwrite: whether an existing folder may be replaced; only one that dirmerge wrote and that holds no
+            input, no recipe and not the working directory is.
         progress: called with a Progress after every tensor.
 
     Returns:

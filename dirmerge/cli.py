@@ -51,7 +51,9 @@ RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file, mergekit's schema and our keys.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the folder if dirmerge wrote it and it holds no input.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")]
 AsKind = Annotated[OutputKind, typer.Option("--as", help="Write a model, or a PEFT adapter (from adapters).")]
 Rank = Annotated[
@@ -181,7 +183,9 @@ def inspect(
         Path | None, typer.Option("--html", help="Write the report: one self-contained page.")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all figures as JSON.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that an inspection wrote.")
+    ] = False,
     threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
 ) -> None:

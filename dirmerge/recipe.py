@@ -360,6 +360,7 @@ class Recipe(_Strict):
 
     _plain: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origin: str = PrivateAttr(default="recipe")
+    _file: Path | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -380,7 +381,9 @@ class Recipe(_Strict):
                 content = file.read(MAX_RECIPE_BYTES + 1)
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
-        return cls._from_plain(_parse_yaml(content, str(path)), str(path))
+        recipe = cls._from_plain(_parse_yaml(content, str(path)), str(path))
+        recipe._file = path
+        return recipe
 
     @classmethod
     def _from_plain(cls, plain: dict[str, Any], origin: str) -> Recipe:
@@ -414,6 +417,18 @@ class Recipe(_Strict):
     def origin(self) -> str:
         """The file it was read from, for messages."""
         return self._origin
+
+    @property
+    def files(self) -> list[Path]:
+        """The local files and folders that it names: itself, models, templates, data, heads."""
+        named = [self.chat_template]
+        for reference in [self.base_model, *(entry.model for entry in self.models)]:
+            if reference is not None and isinstance(reference.source, str):
+                named += [reference.source, reference.adapter]
+        for task in self.align.tasks if self.align is not None else ():
+            named += [str(task.data), None if task.head is None else str(task.head)]
+        paths = [Path(name).expanduser() for name in named if name and not is_inline_template(name)]
+        return [path for path in ([self._file] if self._file else []) + paths if path.exists()]
 
     @property
     def method(self) -> str:

@@ -20,12 +20,12 @@ from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, lear
 from dirmerge.alignment.maps import Fit, MapKind, TaskMap, fit_task
 from dirmerge.alignment.model import AlignmentTask, Model, read_features
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
-from dirmerge.checkpoints.card import CARD, MANIFEST
+from dirmerge.checkpoints.card import CARD
 from dirmerge.checkpoints.plan import Plan, ScalePlan, TensorPlan
 from dirmerge.checkpoints.planner import make_plan
 from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_tensor
-from dirmerge.checkpoints.writer import OutputFolder
+from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
 from dirmerge.engine import local
 from dirmerge.engine.result import MergeResult, Progress
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
@@ -103,7 +103,8 @@ def align(
     Args:
         recipe: a YAML file, YAML text of several lines, or the same as a dict.
         out: the folder to write, which appears complete or not at all.
-        overwrite: whether an existing folder may be replaced.
+        overwrite: whether an existing folder may be replaced; only one that dirmerge wrote and that holds no
+            input, no recipe and not the working directory is.
         state: a file `….safetensors` from which an interrupted learning goes on.
         progress: called with an AlignProgress.
 
@@ -126,7 +127,8 @@ def align(
     if loaded.align is None:
         raise RecipeError(f"{loaded.origin}: align: is missing; it lists every task's unlabelled inputs")
     _transformers()
-    with OutputFolder(Path(out), overwrite) as folder:
+    protected = [*loaded.files, *([Path(state)] if state is not None else [])]
+    with OutputFolder(Path(out), overwrite, protected) as folder:
         job = _Job(loaded, loaded.align, progress)
         inner = folder.path / "merged"
         result = job.run(inner, state)
@@ -441,7 +443,7 @@ def _sources(recipe: Recipe, section: AlignSection) -> list[_Source]:
 def _changed(recipe: Recipe, **update: Any) -> Recipe:
     """The recipe with some fields replaced; what it reports of itself stays what the user wrote."""
     changed = recipe.model_copy(update=update)
-    changed._plain, changed._origin = recipe._plain, recipe._origin
+    changed._plain, changed._origin, changed._file = recipe._plain, recipe._origin, recipe._file
     return changed
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from dirmerge.checkpoints.plan import Input, Plan
+from dirmerge.checkpoints.writer import MANIFEST
 
 CARD = "README.md"
-MANIFEST = "dirmerge.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 

@@ -191,6 +191,12 @@ class Input:
         return files + (list(self.adapter.files) if self.adapter is not None else [])
 
     @property
+    def places(self) -> list[Path]:
+        """The files and folders that must outlive the merge."""
+        folders = [item.path for item in (self.checkpoint, self.adapter) if item is not None]
+        return [folder for folder in folders if folder is not None] + self.files
+
+    @property
     def adapter_only(self) -> bool:
         """Whether it is an adapter without weights of its own."""
         return self.checkpoint is None and self.adapter is not None
@@ -233,6 +239,11 @@ class Plan:
     def inputs(self) -> list[Input]:
         """All inputs, the base first."""
         return [*([self.base] if self.base is not None else []), *self.tasks]
+
+    @property
+    def protected(self) -> list[Path]:
+        """The files and folders that the output must not replace: the inputs and the recipe."""
+        return [path for item in self.inputs for path in item.places] + self.recipe.files
 
     @property
     def written(self) -> list[TensorPlan]:

@@ -38,6 +38,9 @@ from dirmerge.lowrank import LowRank
 DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes of a shard by default, as on the Hugging Face hub."""
 
+MANIFEST = "dirmerge.json"
+"""The manifest that every folder written by dirmerge holds; without it a folder is not replaced."""
+
 _LOCK = ".dirmerge-lock"
 # What belongs to a model beside its weights, at the top of its folder.
 _SIDE_FILES = (
@@ -82,17 +85,24 @@ class OutputFolder:
 
     Args:
         out: the folder to make; missing parents are made too.
-        overwrite: replace a folder that is not empty. It is renamed away, the new one renamed in, then the
-            old one removed; if the process is killed between the two renames, the next run restores it.
+        overwrite: replace a folder that is not empty, if dirmerge wrote it (it holds dirmerge.json) and
+            none of `protected` is, contains or lies in it. It is renamed away, the new one renamed in, then
+            the old one removed; if the process is killed between the two renames, the next run restores it.
+        protected: files and folders that must not be lost, such as the inputs and the recipe. The working
+            directory is always protected, but a folder inside it may be replaced.
 
     Raises:
-        OutputError: if `out` is a file, holds something (without overwrite), or its parent cannot be written.
+        OutputError: if `out` is a file, holds something (without overwrite), holds something that must not
+            be replaced, or its parent cannot be written.
     """
 
-    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: str | Path, overwrite: bool = False, protected: Iterable[str | Path] = ()
+    ) -> None:
         # a link is followed, so that it stays one and its target is replaced
         self.out = Path(out).expanduser().resolve()
         self._overwrite = overwrite
+        self._protected = [Path(path) for path in protected]
         self._path: Path | None = None
         self._lock: int | None = None
         self._made: list[Path] = []
@@ -166,10 +176,13 @@ class OutputFolder:
     def _check(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: is a file")
-        if self.out.is_dir() and not self._overwrite and any(self.out.iterdir()):
+        if not self.out.is_dir() or not any(self.out.iterdir()):
+            return
+        if not self._overwrite:
             raise OutputError(
                 f"{self.out}: exists and is not empty; choose another folder or allow overwriting"
             )
+        _check_replaceable(self.out, self._protected)
 
     def _sibling(self, what: str) -> Path:
         return self.out.parent / f".{self.out.name}.dirmerge-{what}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -234,6 +247,46 @@ class OutputFolder:
             if not any(folder.iterdir()):
                 folder.rmdir()
         self._made = []
+
+
+def _check_replaceable(folder: Path, protected: Iterable[Path]) -> None:
+    """Raises OutputError unless dirmerge wrote the folder, and replacing it loses nothing protected.
+
+    Files are compared by device and inode, so that links, bind mounts and other spellings of a path count as
+    what they lead to.
+    """
+    lineage = _lineage(folder)
+    for path in protected:
+        # Both ends of a link count: a folder of links, as in the hub's cache, leads to files elsewhere.
+        for place in (Path(os.path.abspath(path.expanduser())), path.expanduser().resolve()):
+            if lineage[0] in _lineage(place):
+                raise OutputError(f"{folder}: holds the input {path}; choose another folder")
+            if place.is_dir() and _identity(place) in lineage:
+                raise OutputError(f"{folder}: lies in the input {path}; choose another folder")
+    if lineage[0] in _lineage(Path.cwd()):
+        raise OutputError(f"{folder}: holds the working directory; choose another folder")
+    try:
+        written = read_json_object(folder / MANIFEST, limit=1 << 30, allow_nan=True)
+    except CheckpointError:
+        written = {}
+    if "dirmerge" not in written:
+        raise OutputError(
+            f"{folder}: was not written by dirmerge (it holds no {MANIFEST}), and is not replaced; choose "
+            "another folder or remove it yourself"
+        )
+
+
+def _lineage(path: Path) -> list[tuple[int, int] | None]:
+    """Returns the identities of a path and of every folder above it; None for those that do not exist."""
+    return [_identity(place) for place in (path, *path.parents)]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class ShardedWriter:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
-from dirmerge.checkpoints.card import MANIFEST
 from dirmerge.checkpoints.plan import Plan, Source, TensorPlan
 from dirmerge.checkpoints.planner import make_plan
 from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_json_object
-from dirmerge.checkpoints.writer import sha256_file
+from dirmerge.checkpoints.writer import MANIFEST, sha256_file
 from dirmerge.diagnostics import measures
 from dirmerge.diagnostics.result import (
     Inspection,

@@ -6,13 +6,18 @@ import importlib
 import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from dirmerge.checkpoints.safetensors_io import read_json_object
 from dirmerge.diagnostics.result import Inspection, ModelSummary, Number, ParameterInspection, summarise
-from dirmerge.errors import OutputError
+from dirmerge.errors import CheckpointError, OutputError
+
+# What a page of ours holds in its head: only such a file is replaced.
+GENERATOR = b'<meta name="generator" content="dirmerge inspect" />'
 
 # Above so many matrices the maps show layers, means over their matrices; the table has every matrix.
 ROWS_OF_MATRICES = 72
@@ -101,10 +106,11 @@ def check(html: Path | None, json_path: Path | None, *, overwrite: bool) -> None
     Args:
         html: the page to write, None for none.
         json_path: the JSON file to write, None for none.
-        overwrite: whether files that exist may be replaced.
+        overwrite: whether files that exist may be replaced; only those that an inspection wrote may.
 
     Raises:
-        OutputError: a file exists, is a folder, or its folder does not exist; both are one file.
+        OutputError: a file exists and may not be replaced, is a folder, or its folder does not exist; both
+            are one file.
         ModuleNotFoundError: jinja2 is missing, which the extra `report` brings.
     """
     paths = [path for path in (html, json_path) if path is not None]
@@ -113,6 +119,8 @@ def check(html: Path | None, json_path: Path | None, *, overwrite: bool) -> None
             raise OutputError(f"{path}: is a folder; give the name of a file")
         if path.exists() and not overwrite:
             raise OutputError(f"{path}: exists; choose another file or pass --overwrite")
+        if path.exists() and not _is_report(path):
+            raise OutputError(f"{path}: was not written by `dirmerge inspect`, and is not replaced")
         if not path.absolute().parent.is_dir():
             raise OutputError(f"{path}: its folder does not exist")
     if len(paths) == 2 and paths[0].absolute() == paths[1].absolute():
@@ -133,11 +141,26 @@ def write(inspection: Inspection, html: Path | None = None, json_path: Path | No
         _write(json_path, json.dumps(inspection.to_dict(), indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
+def _is_report(path: Path) -> bool:
+    """Whether an inspection wrote the file: a page names its generator, JSON has all keys."""
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with path.open("rb") as file:
+            if GENERATOR in file.read(1000):
+                return True
+        figures = read_json_object(path, limit=1 << 30)
+    except (OSError, CheckpointError):
+        return False
+    return Inspection.model_fields.keys() <= figures.keys()
+
+
+def _write(path: Path, text: str) -> None:
+    # A link is followed, so that it stays one and its target is replaced.
+    target = path.resolve()
+    part = target.with_name(f".{target.name}.dirmerge-{secrets.token_hex(4)}")
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(target)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -58,7 +58,8 @@ def run(
     Args:
         plan: from make_plan; its inputs are closed at the end.
         out: the folder to write, which appears complete or not at all; None to return a state dict.
-        overwrite: whether an existing folder may be replaced.
+        overwrite: whether an existing folder may be replaced; only one that dirmerge wrote and that holds no
+            input, no recipe and not the working directory is.
         progress: called after every tensor.
 
     Returns:
@@ -79,7 +80,9 @@ def run(
         raise ValueError("out must name a folder: an adapter is a folder of two files")
     with ExitStack() as stack:
         stack.callback(plan.close)
-        folder = None if out is None else stack.enter_context(OutputFolder(Path(out), overwrite))
+        folder = (
+            None if out is None else (stack.enter_context(OutputFolder(Path(out), overwrite, plan.protected)))
+        )
         if folder is not None and plan.output == "model":
             _copy_side_files(plan, folder.path)
         hasher = stack.enter_context(_Hasher(plan))

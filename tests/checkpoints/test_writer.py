@@ -47,6 +47,7 @@ def existing(out: Path) -> Path:
     (out / "sub").mkdir(parents=True)
     (out / "model.safetensors").write_bytes(b"old weights")
     (out / "sub" / "notes.txt").write_text("mine")
+    (out / "dirmerge.json").write_text('{"dirmerge": "0.1.0"}')
     return out
 
 
@@ -150,6 +151,61 @@ class TestOutputFolder:
         monkeypatch.undo()
         assert snapshot(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("manifest", [None, "", "[]", '{"other": 1}', "folder", "link to nothing"])
+    def test_a_folder_of_others_is_not_replaced(self, tmp_path: Path, manifest: str | None) -> None:
+        out = existing(tmp_path / "out")
+        (out / "dirmerge.json").unlink()
+        if manifest == "folder":
+            (out / "dirmerge.json").mkdir()
+        elif manifest == "link to nothing":
+            (out / "dirmerge.json").symlink_to("nothing")
+        elif manifest is not None:
+            (out / "dirmerge.json").write_text(manifest)
+        before = snapshot(tmp_path)
+        with pytest.raises(OutputError, match="was not written by dirmerge"):
+            write_new(out, overwrite=True)
+        assert snapshot(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("place", "relation"),
+        [
+            ("out", "holds"),
+            ("out/sub", "holds"),
+            ("out/model.safetensors", "holds"),
+            ("link", "holds"),
+            ("links", "holds"),
+            (".", "lies in"),
+            ("link/../link", "holds"),
+        ],
+    )
+    def test_protected_places_are_not_replaced(self, tmp_path: Path, place: str, relation: str) -> None:
+        out = existing(tmp_path / "out")
+        (tmp_path / "link").symlink_to("out")
+        (tmp_path / "links").symlink_to("out/sub/notes.txt")
+        before = snapshot(tmp_path)
+        for spelling in (out, tmp_path / "link"):
+            with pytest.raises(OutputError, match=f"{relation} the input"):
+                OutputFolder(spelling, True, [tmp_path / "elsewhere", tmp_path / place])
+        assert snapshot(tmp_path) == before
+
+    def test_a_link_inside_is_protected_as_well_as_its_target(self, tmp_path: Path) -> None:
+        out = existing(tmp_path / "out")
+        (tmp_path / "weights").write_text("elsewhere")
+        (out / "weights").symlink_to(tmp_path / "weights")
+        with pytest.raises(OutputError, match="holds the input"):
+            OutputFolder(out, True, [out / "weights"])
+
+    @pytest.mark.parametrize("inside", [".", "sub"])
+    def test_the_working_directory_is_not_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+    ) -> None:
+        out = existing(tmp_path / "out")
+        monkeypatch.chdir(out / inside)
+        with pytest.raises(OutputError, match="holds the working directory"):
+            OutputFolder(out, True)
+        monkeypatch.chdir(tmp_path)
+        write_new(out, overwrite=True)
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_file_in_the_way(self, tmp_path: Path, overwrite: bool) -> None:
@@ -282,7 +338,9 @@ class TestKilled:
             assert process.stdout.readline() == b"ready\n"
             (theirs,) = list(tmp_path.iterdir())
             before = snapshot(theirs)
-            write_new(out)
+            with OutputFolder(out) as folder:
+                (folder.path / "dirmerge.json").write_text('{"dirmerge": "0.1.0"}')
+                folder.commit()
             assert snapshot(theirs) == before
             process.stdin.close()
             assert process.wait() == 0

@@ -211,7 +211,17 @@ def test_inspect_refuses_before_it_works(models, tmp_path, monkeypatch):
 
 def test_overwrite_and_errors_have_their_exit_codes(models, tmp_path):
     page = tmp_path / "report.html"
-    page.write_text("old")
+    for mine in ("old", '{"dirmerge": "0.1.0"}'):
+        page.write_text(mine)
+        for option in ("--html", "--json"):
+            refused = call("inspect", models / "recipe.yml", option, page, "--overwrite", "--quiet")
+            assert (refused.exit_code, page.read_text()) == (6, mine)
+            assert "was not written by `dirmerge inspect`" in refused.stderr
+    page.unlink()
+    figures = tmp_path / "figures.json"
+    for _ in range(2):
+        arguments = ("--html", page, "--json", figures, "--overwrite", "--quiet")
+        assert call("inspect", models / "recipe.yml", *arguments).exit_code == 0
     assert call("inspect", models / "recipe.yml", "--html", page, "--overwrite", "--quiet").exit_code == 0
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert call("inspect", tmp_path / "none.yml").exit_code == 3

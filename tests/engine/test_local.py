@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
@@ -543,10 +544,32 @@ def test_an_existing_output_is_kept(models):
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(OutputError, match="exists and is not empty"):
         api.merge(recipe(models, 2), out)
+    with pytest.raises(OutputError, match="was not written by dirmerge"):
+        api.merge(recipe(models, 2), out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before
-    api.merge(recipe(models, 2), out, overwrite=True)
-    assert (out / "model.safetensors").read_bytes() != before
     assert_no_output(models)
+
+
+def test_overwriting_loses_no_input(models):
+    merged = models / "merged"
+    api.merge(recipe(models, 2), merged)
+    again = recipe(models, 2)
+    again["models"][0]["model"] = str(merged)
+    before = (merged / "model.safetensors").read_bytes()
+    for out in (merged, models):
+        with pytest.raises(OutputError, match=r"holds the input|was not written by dirmerge"):
+            api.merge(again, out, overwrite=True)
+    assert (merged / "model.safetensors").read_bytes() == before
+    inner = merged / "inner"
+    api.merge(recipe(models, 2), inner)
+    with pytest.raises(OutputError, match="lies in the input"):
+        api.merge(again, inner, overwrite=True)
+    (merged / "recipe.yml").write_text(yaml.safe_dump(recipe(models, 2)))
+    with pytest.raises(OutputError, match=r"holds the input .*recipe.yml"):
+        api.merge(merged / "recipe.yml", merged, overwrite=True)
+    api.merge(recipe(models, 3), merged, overwrite=True)
+    assert (merged / "model.safetensors").read_bytes() != before
+    assert not inner.exists()
 
 
 def test_an_update_against_the_tasks_has_no_alignment(models):
