@@ -13,6 +13,7 @@ from torch import Tensor
 from dirmerge import linalg
 from dirmerge.linalg import minimax
 from dirmerge.linalg.orthogonal import GRAM_SPLIT, orthogonality
+from dirmerge.ops.delta_sketch import random_signs
 
 
 def spectrum(name: str, p: int) -> Tensor:
@@ -102,6 +103,51 @@ def test_svd_of_zero_and_auto_choice(generator):
     assert float(zero.energy) == 1
     assert float(zero.residual) == 0
     assert linalg.svd_truncated(torch.randn(40, 40, generator=generator), 4).method == "exact"
+
+
+class Scaled:
+    """A matrix-like of the tests' own: c times a tensor, and the calls it got."""
+
+    def __init__(self, tensor: Tensor, factor: float, calls: list[str]) -> None:
+        self.tensor, self.factor, self.calls = tensor, factor, calls
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+
+    @property
+    def mT(self):  # noqa: N802
+        return Scaled(self.tensor.mT, self.factor, self.calls)
+
+    def __matmul__(self, x):
+        self.calls.append("matmul")
+        return self.factor * (self.tensor @ x)
+
+    def dense(self):
+        self.calls.append("dense")
+        return self.factor * self.tensor
+
+    def sketch(self, width, seed):
+        self.calls.append("sketch")
+        signs = random_signs(self.shape[-1], width, seed, dtype=self.dtype, device=self.device)
+        return self.factor * (self.tensor @ signs), self.dense().double().square().sum((-2, -1))
+
+    def gram(self, dtype):
+        self.calls.append("gram")
+        a = self.dense().to(dtype)
+        return a.mT @ a, a.double().square().sum((-2, -1))
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("shape", [(40, 30), (300, 210), (210, 300)])
+def test_svd_takes_whatever_multiplies_like_a_matrix(shape, method, generator):
+    a, calls = torch.randn(shape, generator=generator), []
+    assert isinstance(Scaled(a, 2.0, calls), linalg.MatrixLike)
+    assert not isinstance(a, linalg.MatrixLike)
+    expected = linalg.svd_truncated(2 * a, 9, method, seed=4)
+    found = linalg.svd_truncated(Scaled(a, 2.0, calls), 9, method, seed=4)
+    torch.testing.assert_close(found.s, expected.s, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.dense(), expected.dense(), rtol=0, atol=1e-4 * float(expected.s[0]))
+    assert ("sketch" in calls) == (method == "randomized")
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        linalg.svd_truncated("a matrix", 3)
 
 
 @pytest.mark.parametrize(

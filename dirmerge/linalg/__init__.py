@@ -8,7 +8,7 @@ in `dirmerge.ops`.
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
-from dirmerge.linalg._common import all_finite, numerical_rank, seed_for, single_thread
+from dirmerge.linalg._common import MatrixLike, all_finite, numerical_rank, seed_for, single_thread
 from dirmerge.linalg.etf import etf_gap, simplex_etf
 from dirmerge.linalg.orthogonal import GramRoot, Polar, PolarMethod, gram_root, polar, procrustes
 from dirmerge.linalg.svd import SVDMethod, TruncatedSVD, svd_flops, svd_truncated
@@ -19,6 +19,7 @@ kth_largest_magnitude = of_any_kind(ops.kth_largest_magnitude)
 
 __all__ = [
     "GramRoot",
+    "MatrixLike",
     "Polar",
     "PolarMethod",
     "SVDMethod",

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,42 @@ SINGLE_THREAD_UP_TO = 256
 # Smallest sine of the angle between a column and those before it for which two passes of CholeskyQR give an
 # orthonormal basis; the first pass works on a float64 Gram matrix.
 CHOLESKY_INDEPENDENCE = 1e-4
+
+
+@runtime_checkable
+class MatrixLike(Protocol):
+    """A matrix (..., m, n) that is only multiplied, never read as a whole; `dirmerge.Difference` is one.
+
+    Every method that reads the matrix raises ValueError where an entry is NaN or infinite.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., m, n)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: float32 or float64."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the products."""
+
+    @property
+    def mT(self) -> MatrixLike:  # noqa: N802  torch's name
+        """The transpose."""
+
+    def __matmul__(self, x: Tensor, /) -> Tensor:
+        """Computes the product (..., m, s) with x (..., n, s)."""
+
+    def dense(self) -> Tensor:
+        """Returns the matrix as one tensor of `shape`."""
+
+    def sketch(self, width: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Computes the product (..., m, width) with random signs, and ‖·‖²_F (...) in float64."""
+
+    def gram(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Computes the Gram matrix (..., n, n) of the columns in dtype, and ‖·‖²_F (...) in float64."""
 
 
 def working(x: Tensor, name: str = "x") -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
-from dirmerge.difference import Difference
-from dirmerge.linalg._common import eigh, finite, orthonormal, working
+from dirmerge.linalg._common import MatrixLike, eigh, finite, orthonormal, working
 from dirmerge.ops.delta_sketch import random_signs
 
 SVDMethod = Literal["auto", "exact", "randomized"]
@@ -96,7 +95,7 @@ class TruncatedSVD:
 
 @of_any_kind
 def svd_truncated(
-    a: Tensor | Difference,
+    a: Tensor | MatrixLike,
     rank: int,
     method: SVDMethod = "auto",
     *,
@@ -111,8 +110,8 @@ def svd_truncated(
     with random signs, power iterations re-orthogonalised by CholeskyQR, SVD of the projected matrix.
 
     Args:
-        a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a Difference ([T,] m, n),
-            which is multiplied as it is read.
+        a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a `MatrixLike` such
+            as a Difference ([T,] m, n), which is multiplied as it is read.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
         method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to
             min(m, n).
@@ -144,7 +143,7 @@ def svd_truncated(
         raise ValueError(f"power_iterations must be at least 0, got {power_iterations}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
-    if not isinstance(a, Difference):
+    if not isinstance(a, MatrixLike):
         a = finite(working(a, "a"), "a")
     m, n = a.shape[-2:]
     p = min(m, n)
@@ -153,7 +152,7 @@ def svd_truncated(
     if method == "exact" or (method == "auto" and is_small) or rank == 0:
         width = rank + max(OVERSAMPLING, rank // 2)
         if p < GRAM_FROM or a.dtype != torch.float32 or width > 0.6 * p or 0 in a.shape:
-            return _svd_lapack(a.dense() if isinstance(a, Difference) else a, rank)
+            return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
         tall = _svd_gram(a if m >= n else a.mT, rank, width)
     else:
         tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
@@ -182,14 +181,14 @@ def _svd_lapack(a: Tensor, rank: int) -> TruncatedSVD:
     )  # fmt: skip
 
 
-def _gram(a: Tensor | Difference, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gram(a: Tensor | MatrixLike, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """aᵀa and ‖a‖²_F."""
-    if isinstance(a, Difference):
-        return a.gram(dtype)
-    return ops.gram(a.to(dtype)), _energy(a)
+    if isinstance(a, Tensor):
+        return ops.gram(a.to(dtype)), _energy(a)
+    return a.gram(dtype)
 
 
-def _svd_gram(a: Tensor | Difference, rank: int, width: int) -> TruncatedSVD:
+def _svd_gram(a: Tensor | MatrixLike, rank: int, width: int) -> TruncatedSVD:
     """The exact form for m >= n.
 
     The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. The
@@ -199,7 +198,7 @@ def _svd_gram(a: Tensor | Difference, rank: int, width: int) -> TruncatedSVD:
     gram, total = _gram(a, torch.float32)
     if not bool(((total > 1e-20) & (total < 1e20)).all()):
         # Squares of such entries leave float32, and zero has no directions: LAPACK scales.
-        return _svd_lapack(a.dense() if isinstance(a, Difference) else a, rank)
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
     values, vectors = eigh(gram)
     if not bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
         del vectors
@@ -221,15 +220,15 @@ def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_randomized(
-    a: Tensor | Difference, rank: int, seed: int, power_iterations: int | None, tolerance: float
+    a: Tensor | MatrixLike, rank: int, seed: int, power_iterations: int | None, tolerance: float
 ) -> TruncatedSVD:
     m, n = a.shape[-2:]
     width = min(rank + OVERSAMPLING, m, n)
-    if isinstance(a, Difference):
-        y, total = a.sketch(width, seed)
-    else:
+    if isinstance(a, Tensor):
         y = a @ random_signs(n, width, seed, dtype=a.dtype, device=a.device)
         total = _energy(a)
+    else:
+        y, total = a.sketch(width, seed)
     q, _ = orthonormal(y)
     z = a.mT @ q
     captured, done = _energy(z), 0
