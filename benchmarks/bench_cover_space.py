@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import competitors, inputs
 from benchmarks.shapes import ADAPTER_RANK, TASKS, Layer
-from dirmerge.methods.common import MergeRecord, cover_space
+from dirmerge.methods.spectral import cover_space
+from dirmerge.methods.tasks import MergeRecord
 
 VARIANTS = ("torch.linalg.svd", "exact", "auto")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dirmerge.lowrank import LowRank
+from dirmerge.deltas.lowrank import LowRank
 
 
 def spectrum(p: int) -> Tensor:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dirmerge.alignment.run import align
-    from dirmerge.api import merge, plan
+    from dirmerge.api import merge, merge_deltas, plan
     from dirmerge.backends import backend
+    from dirmerge.deltas.difference import Difference
+    from dirmerge.deltas.lowrank import LowRank
     from dirmerge.diagnostics import inspect
-    from dirmerge.difference import Difference
-    from dirmerge.lowrank import LowRank
-    from dirmerge.methods import MergedDelta, merge_deltas
+    from dirmerge.methods import MergedDelta
 
 __version__ = "0.1.0"
 
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Difference": "dirmerge.difference",
-    "LowRank": "dirmerge.lowrank",
+    "Difference": "dirmerge.deltas.difference",
+    "LowRank": "dirmerge.deltas.lowrank",
     "MergedDelta": "dirmerge.methods",
     "align": "dirmerge.alignment.run",
     "backend": "dirmerge.backends",
     "inspect": "dirmerge.diagnostics",
     "merge": "dirmerge.api",
-    "merge_deltas": "dirmerge.methods",
+    "merge_deltas": "dirmerge.api",
     "plan": "dirmerge.api",
 }
 

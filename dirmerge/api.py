@@ -1,16 +1,26 @@
-"""The Python API of whole merges: what the command line does, as two functions."""
+"""The Python API: plans and merges of whole models, and of the deltas of one parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dirmerge.checkpoints.plan import Plan
-from dirmerge.checkpoints.planner import make_plan
-from dirmerge.engine import local
+import torch
+from torch import Tensor
+
+from dirmerge.deltas.difference import Difference
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.engine import pipeline
 from dirmerge.engine.result import MergeResult, ProgressCallback
-from dirmerge.recipe import Recipe
+from dirmerge.linalg import all_finite
+from dirmerge.methods import MergedDelta, Tasks, merge_tasks
+from dirmerge.methods.scale import align
+from dirmerge.methods.tasks import TaskDelta
+from dirmerge.planning import Plan, make_plan
+from dirmerge.recipe import Recipe, load_recipe
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
@@ -35,7 +45,7 @@ def plan(recipe: RecipeSource, *, as_adapter: bool = False, rank: int | None = N
     Example:
         >>> print(dirmerge.plan("recipe.yml").totals())
     """
-    return make_plan(Recipe.load(recipe), as_adapter=as_adapter, rank=rank)
+    return make_plan(load_recipe(recipe), as_adapter=as_adapter, rank=rank)
 
 
 def merge(
@@ -76,4 +86,104 @@ def merge(
         >>> print(result.summary())
     """
     planned = plan(recipe, as_adapter=as_adapter, rank=rank)
-    return local.run(planned, out, overwrite=overwrite, progress=progress)
+    return pipeline.run(planned, out, overwrite=overwrite, progress=progress)
+
+
+def merge_deltas(
+    deltas: Sequence[TaskDelta],
+    method: str = "dc_merge",
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    alignment: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> MergedDelta:
+    """Merges the deltas D_t = W_t − W_0 of one parameter into one update D.
+
+    Adapters given as LowRank stay factored: no product is formed (but for `ties` and for `wudi` by Adam,
+    which act on entries).
+
+    Args:
+        deltas: T tensors, Differences of two weights (never formed where the method can do without) or
+            LowRank matrices, of one shape (m, n), mixed ranks and mixtures allowed; `average`,
+            `task_arithmetic` and `ties` take tensors of any shape. bf16 and fp16 are computed in float32; one
+            float64 input makes all float64.
+        method: name of a registered method.
+        weights: one per delta, default 1; a delta of weight 0 is left out. Their meaning is the method's.
+        scale: λ to multiply into D; default 1, the method's own D.
+        alignment: target for a(λD) from which λ follows, in place of `scale`.
+        seed: of randomized parts.
+        **options: of the method, see its docstring.
+
+    Returns:
+        MergedDelta with `dense()`, `low_rank()` and `record`.
+
+    Raises:
+        TypeError: for deltas that are neither tensors nor Difference nor LowRank.
+        ValueError: for unknown methods or options, wrong ranges, shapes that differ, NaN or Inf.
+
+    Example:
+        >>> merged = dirmerge.merge_deltas([dirmerge.Difference(w, w0) for w in (w1, w2)], method="tsv_m")
+        >>> weight = w0 + 1.2 * merged.dense()
+    """
+    if not isinstance(deltas, (list, tuple)):
+        raise TypeError(f"deltas must be a list of tensors or LowRank matrices, got {type(deltas).__name__}")
+    if not deltas:
+        raise ValueError("at least one delta is needed, got none")
+    if scale is not None and alignment is not None:
+        raise ValueError("scale and alignment both set λ; give one of them")
+    for name, value in (("scale", scale), ("alignment", alignment)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    checked = _checked(deltas)
+    tasks = Tasks(
+        tuple(checked[0].shape),
+        [lambda delta=delta: delta for delta in checked],  # type: ignore[misc]
+        [delta.rank if isinstance(delta, LowRank) else None for delta in checked],
+        device=_parts(checked[0])[0].device,
+    )
+    merged = merge_tasks(tasks, method, [1.0] * len(deltas) if weights is None else weights, options, seed)
+    if alignment is not None:
+        return align(tasks, merged, alignment, seed)
+    return merged if scale is None else merged.scaled(scale)
+
+
+def _checked(deltas: Sequence[TaskDelta]) -> list[TaskDelta]:
+    """Returns the deltas in one arithmetic dtype, after all checks; the inputs are never written to."""
+    for t, delta in enumerate(deltas):
+        if not isinstance(delta, (Tensor, Difference, LowRank)):
+            raise TypeError(
+                f"deltas[{t}] must be a torch.Tensor, a Difference or a LowRank, got {type(delta).__name__}"
+            )
+        if isinstance(delta, Tensor) and not delta.is_floating_point():
+            raise ValueError(f"deltas[{t}] must be floating point, got {delta.dtype}")
+        if isinstance(delta, Difference) and delta.ndim == 3:
+            raise ValueError(f"deltas[{t}] must be one Difference, got a batch of {len(delta.weights)}")
+        if tuple(delta.shape) != tuple(deltas[0].shape):
+            raise ValueError(
+                f"all deltas must have one shape: deltas[0] has {tuple(deltas[0].shape)}, "
+                f"deltas[{t}] {tuple(delta.shape)}"
+            )
+        if not all(all_finite(part) for part in _parts(delta)):
+            raise ValueError(f"deltas[{t}] must be finite, got NaN or Inf")
+    double = any(delta.dtype == torch.float64 for delta in deltas)
+    dtype = torch.float64 if double else torch.float32
+    return [_in_dtype(delta, dtype) for delta in deltas]
+
+
+def _parts(delta: TaskDelta) -> list[Tensor]:
+    if isinstance(delta, Tensor):
+        return [delta]
+    if isinstance(delta, Difference):
+        return [*delta.weights, delta.base]
+    return [delta.left, delta.right, *([] if delta.core is None else [delta.core])]
+
+
+def _in_dtype(delta: TaskDelta, dtype: torch.dtype) -> TaskDelta:
+    if isinstance(delta, Tensor):
+        return delta.to(dtype).detach()
+    if isinstance(delta, Difference):
+        # The arithmetic is float32 for all but float64 weights: these need no copy.
+        return delta if delta.dtype == dtype else replace(delta, base=delta.base.to(dtype))
+    return delta.to(dtype)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dirmerge.alignment.run import AlignProgress, AlignResult
-    from dirmerge.checkpoints.plan import Plan, TensorPlan
     from dirmerge.diagnostics import Inspection
     from dirmerge.engine.result import MergeResult, Progress
+    from dirmerge.planning import Plan, TensorPlan
 
 app = typer.Typer(
     name="dirmerge",
@@ -117,12 +117,12 @@ def merge(
         import torch
 
         from dirmerge import api
-        from dirmerge.engine import local
-        from dirmerge.recipe import Recipe, parse_size
+        from dirmerge.engine import pipeline
+        from dirmerge.recipe import load_recipe, parse_size
 
         if out.is_dir() and any(out.iterdir()) and not overwrite:
             raise OutputError(f"{out}: exists and is not empty; choose another folder or pass --overwrite")
-        loaded = Recipe.load(recipe)
+        loaded = load_recipe(recipe)
         if shard_size is not None:
             try:
                 loaded = loaded.with_shard_size(parse_size(shard_size))
@@ -133,15 +133,15 @@ def merge(
         planned = api.plan(loaded, as_adapter=kind is OutputKind.adapter, rank=rank)
         if log is LogKind.json:
             _print_json(
-                {"event": "plan", "method": planned.method.name, **planned.totals(), "notes": planned.notes}
+                {"event": "plan", "method": planned.method_name, **planned.totals(), "notes": planned.notes}
             )
-            result = local.run(planned, out, overwrite=overwrite, progress=_json_progress)
+            result = pipeline.run(planned, out, overwrite=overwrite, progress=_json_progress)
             _print_json({"event": "done", **result.to_dict()})
             return
         for note in planned.notes:
             typer.echo(f"note: {note}", err=True)
         with _bar() as update:
-            result = local.run(planned, out, overwrite=overwrite, progress=update)
+            result = pipeline.run(planned, out, overwrite=overwrite, progress=update)
         _print_summary(result)
 
 
@@ -396,7 +396,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
 def _print_plan(planned: Plan) -> None:
     console = _console()
     base = planned.base.label if planned.base is not None else "none"
-    console.print(f"method  {planned.method.name}: {planned.method.summary}", markup=False, highlight=False)
+    console.print(f"method  {planned.method_name}: {planned.method.summary}", markup=False, highlight=False)
     console.print(f"base    {base}", markup=False, highlight=False)
     for task in planned.tasks:
         console.print(f"task    {task.label} ({task.kind})", markup=False, highlight=False)
@@ -436,7 +436,7 @@ def _print_plan(planned: Plan) -> None:
 
 
 def _group(tensor: TensorPlan) -> tuple[Any, ...]:
-    from dirmerge.checkpoints.names import layer_pattern
+    from dirmerge.planning.names import layer_pattern
 
     dtype, sources = str(tensor.dtype), _sources(tensor)
     return (layer_pattern(tensor.name), tensor.shape, dtype, tensor.rule, tensor.why, sources, tensor.rank)

@@ -23,9 +23,9 @@ from benchmarks.tasks.sweep import FineTunes, merge
 from benchmarks.tasks.train import Recipe
 from dirmerge import merge_deltas
 from dirmerge.alignment import LearnOptions
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.demo.data import TASKS, TaskData
 from dirmerge.demo.model import load_encoder
-from dirmerge.lowrank import LowRank
 from dirmerge.methods import get_method
 
 

@@ -41,10 +41,10 @@ from dirmerge.alignment import (
 from dirmerge.alignment.heads import read_pair
 from dirmerge.alignment.maps import fit_task
 from dirmerge.alignment.weights import ScaledUpdates
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.demo.evaluate import Probe
 from dirmerge.demo.model import LOGIT_SCALE, collate, embed
 from dirmerge.linalg import etf_gap
-from dirmerge.lowrank import LowRank
 
 INPUTS = 512  # unlabelled texts per task
 BATCH = 16  # of them, per step of the learned form

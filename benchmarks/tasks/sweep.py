@@ -14,15 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.tasks.experiments import START, TARGETS, Post, Variant, family
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.demo.evaluate import Probe, correct
 from dirmerge.diagnostics.measures import directional_similarity, response
 from dirmerge.linalg import polar
-from dirmerge.lowrank import LowRank
 from dirmerge.methods import Tasks, get_method, merge_tasks
-from dirmerge.methods.common import Factors, factor_tasks, kept_ranks
 from dirmerge.methods.mda import column_signs
+from dirmerge.methods.scale import alignment_terms
+from dirmerge.methods.spectral import factor_tasks
+from dirmerge.methods.tasks import Factors, kept_ranks
 from dirmerge.ops import etf_project
-from dirmerge.scale import alignment_terms
 
 if TYPE_CHECKING:
     from benchmarks.tasks.setting import Setting

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.tasks import report
 from benchmarks.tasks.store import FOLDER, Results, Row
+from dirmerge.api import merge_deltas
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.diagnostics.measures import directional_similarity, response
-from dirmerge.lowrank import LowRank
-from dirmerge.methods import merge_deltas
 
 TASKS = 8
 RULES: dict[str, dict[str, float]] = {

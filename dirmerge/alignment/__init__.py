@@ -11,35 +11,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dirmerge.alignment.config import LearnOptions
     from dirmerge.alignment.features import LastLayerInput, Pooled, classifier
     from dirmerge.alignment.heads import CallableHead, Head, StoredHead, read_head, read_heads, write_head
     from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, learn
     from dirmerge.alignment.maps import TaskMap, closed_form, feature_map, ridge_map
     from dirmerge.alignment.model import AlignmentTask, Model, read_features
+    from dirmerge.recipe.align import LearnOptions
 
 _HOME = {
-    "AlignmentTask": "model",
-    "CallableHead": "heads",
-    "Head": "heads",
-    "LastLayerInput": "features",
-    "LearnOptions": "config",
-    "LearnProgress": "learning",
-    "Learned": "learning",
-    "Model": "model",
-    "Pooled": "features",
-    "StoredHead": "heads",
-    "TaskMap": "maps",
-    "adamerging": "learning",
-    "classifier": "features",
-    "closed_form": "maps",
-    "feature_map": "maps",
-    "learn": "learning",
-    "read_features": "model",
-    "read_head": "heads",
-    "read_heads": "heads",
-    "ridge_map": "maps",
-    "write_head": "heads",
+    "LearnOptions": "dirmerge.recipe.align",
+    "AlignmentTask": "dirmerge.alignment.model",
+    "CallableHead": "dirmerge.alignment.heads",
+    "Head": "dirmerge.alignment.heads",
+    "LastLayerInput": "dirmerge.alignment.features",
+    "LearnProgress": "dirmerge.alignment.learning",
+    "Learned": "dirmerge.alignment.learning",
+    "Model": "dirmerge.alignment.model",
+    "Pooled": "dirmerge.alignment.features",
+    "StoredHead": "dirmerge.alignment.heads",
+    "TaskMap": "dirmerge.alignment.maps",
+    "adamerging": "dirmerge.alignment.learning",
+    "classifier": "dirmerge.alignment.features",
+    "closed_form": "dirmerge.alignment.maps",
+    "feature_map": "dirmerge.alignment.maps",
+    "learn": "dirmerge.alignment.learning",
+    "read_features": "dirmerge.alignment.model",
+    "read_head": "dirmerge.alignment.heads",
+    "read_heads": "dirmerge.alignment.heads",
+    "ridge_map": "dirmerge.alignment.maps",
+    "write_head": "dirmerge.alignment.heads",
 }
 
 __all__ = [
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public name on first use: a recipe's configuration must not wait for the learning."""
     if name not in _HOME:
         raise AttributeError(f"module 'dirmerge.alignment' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dirmerge.alignment.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.alignment import guard
-from dirmerge.alignment.config import LearnOptions
 from dirmerge.alignment.guard import Reading
 from dirmerge.alignment.heads import CallableHead, Head, as_head, read_pair, write_pair
 from dirmerge.alignment.losses import alignment_loss, entropy, etf_targets, rotation_loss, rotation_target
 from dirmerge.alignment.model import AlignmentTask, Batch, Model, autocast, device_of, paired
 from dirmerge.alignment.weights import ScaledUpdates
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError
 from dirmerge.linalg import seed_for
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import Delta
+from dirmerge.methods.tasks import Delta
+from dirmerge.recipe.align import LearnOptions
 
 _VERSION = 2
 # Newton–Schulz steps of a retraction: the steps are so small that one restores orthogonality to rounding.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dirmerge.alignment.heads import AnyHead, as_head
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import Delta
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.methods.tasks import Delta
 
 Batch: TypeAlias = Tensor | Mapping[str, Any]
 """One batch of unlabelled inputs: a mapping is passed by keyword, a tensor as the only argument."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirmerge.alignment.config import AlignSection, AlignTask
 from dirmerge.alignment.data import MissingPackageError, make_batches, read_inputs, task_seed
 from dirmerge.alignment.features import Pooled, classifier, last_linear
 from dirmerge.alignment.heads import FOLDER, CallableHead, Head, as_head, read_head, write_head
@@ -20,18 +19,19 @@ from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, lear
 from dirmerge.alignment.maps import Fit, MapKind, TaskMap, fit_task
 from dirmerge.alignment.model import AlignmentTask, Model, read_features
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
-from dirmerge.checkpoints.card import CARD
-from dirmerge.checkpoints.plan import Plan, ScalePlan, TensorPlan
-from dirmerge.checkpoints.planner import make_plan
 from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_tensor
 from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
-from dirmerge.engine import local
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.engine import pipeline
+from dirmerge.engine.card import CARD
+from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import MergeResult, Progress
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import Delta
-from dirmerge.recipe import Recipe, Setting, TensorRule
+from dirmerge.methods.tasks import Delta
+from dirmerge.planning import Plan, ScalePlan, TensorPlan, make_plan
+from dirmerge.recipe import Recipe, Setting, TensorRule, load_recipe
+from dirmerge.recipe.align import AlignSection, AlignTask
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def align(
         >>> head = dirmerge.alignment.read_heads("merged")["movies"].head
     """
     began = time.perf_counter()
-    loaded = Recipe.load(recipe)
+    loaded = load_recipe(recipe)
     if loaded.align is None:
         raise RecipeError(f"{loaded.origin}: align: is missing; it lists every task's unlabelled inputs")
     _transformers()
@@ -300,7 +300,7 @@ class _Job:
         def step(value: Progress) -> None:
             self._tell("merge", value.name, value.done, value.total)
 
-        return local.run(plan, folder, progress=step)
+        return pipeline.run(plan, folder, progress=step)
 
     def _tell(self, phase: str, name: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -308,10 +308,11 @@ class _Job:
 
     def _fit(self, plan: Plan, weights: Mapping[str, Tensor], kind: MapKind) -> list[TaskMap]:
         """Fit every task's map, one fine-tune in memory at a time."""
-        base = _base_weights(plan)
+        reader = DeltaReader.of(plan)
+        base = _base_weights(reader, plan)
         section, found = self.section, []
         for i, source in enumerate(self.sources):
-            own = self._own(plan, source, weights, base)
+            own = self._own(plan, reader, source, weights, base)
             module = own.module
             task = source.task(module, section)
             names = source.names(module, weights)
@@ -328,7 +329,12 @@ class _Job:
         return found
 
     def _own(
-        self, plan: Plan, source: _Source, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]
+        self,
+        plan: Plan,
+        reader: DeltaReader,
+        source: _Source,
+        weights: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
     ) -> Model:
         """The fine-tune of a task, in a module of its own."""
         module = source.module()
@@ -337,7 +343,7 @@ class _Job:
         names = source.names(module, weights)
         values = {name: base[name] for name in names if name in base}
         for tensor in plan.tensors:
-            delta = _delta(plan, tensor, source.t) if tensor.name in names else None
+            delta = reader.delta(tensor, source.t) if tensor.name in names else None
             if delta is not None:
                 dense = delta.dense() if isinstance(delta, LowRank) else delta
                 values[tensor.name] = values[tensor.name] + dense
@@ -345,9 +351,10 @@ class _Job:
 
     def _finetunes(self, plan: Plan, weights: Mapping[str, Tensor]) -> Iterator[Model]:
         """Every task's fine-tune, one in memory at a time."""
-        base = _base_weights(plan)
+        reader = DeltaReader.of(plan)
+        base = _base_weights(reader, plan)
         for source in self.sources:
-            yield self._own(plan, source, weights, base)
+            yield self._own(plan, reader, source, weights, base)
 
     def _learned(self, folder: Path, state: str | Path | None) -> AlignResult:
         """Learn λ (and rotations), then merge again with what was learned."""
@@ -356,6 +363,7 @@ class _Job:
         assert first.state_dict is not None  # merged in memory
         fixed = {name: _wide(value) for name, value in first.state_dict.items()}
         plan = make_plan(self.recipe)
+        reader = DeltaReader.of(plan)
         fits = None
         if section.method == "learned" and section.start != "identity":
             fits = self._fit(plan, fixed, section.start)
@@ -372,11 +380,11 @@ class _Job:
             scale = start.get(tensor.name)
             if tensor.rule != "merge" or scale is None:
                 continue
-            merged, base = fixed[tensor.name], _base(plan, tensor)
+            merged, base = fixed[tensor.name], _wide(reader.base(tensor.name))
             fixed[tensor.name] = base
             updates[tensor.name] = [(merged - base) / scale]
             if section.method == "adamerging":
-                updates[tensor.name] = _deltas(plan, tensor)
+                updates[tensor.name] = _deltas(reader, tensor)
         model = Model(module, {inner: fixed[name] for name, inner in names.items()})
         inside = {names[name]: parts for name, parts in updates.items()}
         scales = {names[name]: start[name] for name in updates}
@@ -451,41 +459,15 @@ def _wide(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _base(plan: Plan, tensor: TensorPlan) -> Tensor:
-    assert plan.base is not None  # _sources
-    assert plan.base.checkpoint is not None
-    return _wide(plan.base.checkpoint.read(tensor.name))
+def _base_weights(reader: DeltaReader, plan: Plan) -> dict[str, Tensor]:
+    return {tensor.name: _wide(reader.base(tensor.name)) for tensor in plan.tensors if tensor.in_base}
 
 
-def _base_weights(plan: Plan) -> dict[str, Tensor]:
-    return {tensor.name: _base(plan, tensor) for tensor in plan.tensors if tensor.in_base}
-
-
-def _delta(plan: Plan, tensor: TensorPlan, t: int) -> Delta | None:
-    """W_t − W_0 of one fine-tune, an adapter's as its factors; None where it changes nothing."""
-    source = next((source for source in tensor.sources if source.task == t), None)
-    if source is None or not tensor.in_base:
-        return None
-    item = plan.tasks[t]
-    update = None
-    if source.module is not None and item.adapter is not None:
-        update = item.adapter.targets[source.module].read()
-    value = None
-    if source.saved is not None and item.adapter is not None:
-        value = read_tensor(item.adapter.saved[source.saved])
-    elif source.tensor is not None and item.checkpoint is not None:
-        value = item.checkpoint.read(source.tensor)
-    if value is None:
-        return update
-    difference = _wide(value) - _base(plan, tensor)
-    return difference if update is None else difference + update.dense()
-
-
-def _deltas(plan: Plan, tensor: TensorPlan) -> list[Delta]:
+def _deltas(reader: DeltaReader, tensor: TensorPlan) -> list[Delta]:
     """The deltas of all fine-tunes, times their weights in the recipe."""
     found: list[Delta] = []
     for source in tensor.sources:
-        delta = _delta(plan, tensor, source.task)
+        delta = reader.delta(tensor, source.task)
         if delta is None:
             found.append(torch.zeros(tensor.shape))
         elif isinstance(delta, LowRank):

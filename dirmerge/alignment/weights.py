@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dirmerge.alignment.model import Model, device_of
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import Delta
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.methods.tasks import Delta
 
 
 @dataclass(frozen=True, eq=False)

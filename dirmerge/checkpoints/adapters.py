@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,9 +34,9 @@ from dirmerge.checkpoints.safetensors_io import (
     read_tensor,
     write_json,
 )
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError
 from dirmerge.linalg import all_finite
-from dirmerge.lowrank import LowRank
 
 Kind = Literal["linear", "conv1d", "embedding"]
 """How a module stores its weight: (out, in), transformers' Conv1D (in, out), or an embedding (count, dim)."""
@@ -79,6 +79,9 @@ _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
 _RESERVED = re.compile(r"(^|\.)(lora_\w*|base_layer|modules_to_save|original_module|token_adapter)(\.|$)")
 
 
+ReadRows = Callable[[TensorInfo, int | None, int | None], Tensor]
+
+
 @dataclass(frozen=True)
 class AdapterTarget:
     """The low-rank update of one weight.
@@ -107,8 +110,12 @@ class AdapterTarget:
         out, size = self.b.shape[0], self.a.shape[1]
         return (out, size) if self.kind == "linear" else (size, out)
 
-    def read(self) -> LowRank:
+    def read(self, read: ReadRows = read_tensor, device: torch.device | None = None) -> LowRank:
         """Reads the update as left · rightᵀ.
+
+        Args:
+            read: reads rows of a tensor that lies in a file.
+            device: where the factors are widened and scaled; the CPU by default.
 
         Returns:
             LowRank of rank r without core, float32 (float64 where a factor is stored so), the scaling
@@ -118,7 +125,7 @@ class AdapterTarget:
             NonFiniteError: for NaN or Inf, with file and tensor.
             CheckpointError: if the file cannot be read any more.
         """
-        a, b = (_finite(info, read_tensor(info)) for info in (self.a, self.b))
+        a, b = (_finite(info, read(info, None, None)).to(device or "cpu") for info in (self.a, self.b))
         update = LowRank.from_lora(b, a, self.scaling)
         return update if self.kind == "linear" else update.T
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
-from dirmerge.checkpoints.plan import Plan, Source, TensorPlan
-from dirmerge.checkpoints.planner import make_plan
 from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_json_object
 from dirmerge.checkpoints.writer import MANIFEST, sha256_file
+from dirmerge.deltas.difference import Difference
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.diagnostics import measures
 from dirmerge.diagnostics.result import (
     Inspection,
@@ -30,17 +30,25 @@ from dirmerge.diagnostics.result import (
     summarise,
     total_alignment,
 )
-from dirmerge.difference import Difference
-from dirmerge.engine.local import Inputs, matrix_name, matrix_seed, slices
+from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import Progress, ProgressCallback
+from dirmerge.engine.work import MatrixWork, matrices
 from dirmerge.errors import CheckpointError, DirmergeError, MismatchError, RecipeError
 from dirmerge.linalg import etf_gap, svd_truncated
-from dirmerge.lowrank import LowRank
-from dirmerge.methods import Factors, MergeRecord, Tasks, factor_tasks, kept_ranks, merge_tasks
-from dirmerge.methods.common import Delta, cover_space, sum_tasks
+from dirmerge.methods import (
+    AlignmentTerms,
+    Factors,
+    MergeRecord,
+    Tasks,
+    factor_tasks,
+    kept_ranks,
+    merge_tasks,
+)
 from dirmerge.methods.mda import column_signs
-from dirmerge.recipe import Recipe
-from dirmerge.scale import scale_for
+from dirmerge.methods.spectral import cover_space
+from dirmerge.methods.tasks import Delta, sum_tasks
+from dirmerge.planning import Plan, Source, TensorPlan, make_plan
+from dirmerge.recipe import Recipe, load_recipe
 
 # Up to this min(m, n) all singular values of a dense delta are computed, above it the kept ones.
 SPECTRUM_UP_TO = 1024
@@ -83,7 +91,7 @@ def inspect(
     folder = _folder(source)
     manifest: dict[str, Any] = {}
     if folder is None:
-        recipe = Recipe.load(source)
+        recipe = load_recipe(source)
         plan = make_plan(recipe, as_adapter=_needs_no_base(recipe))
     else:
         manifest, plan = _open_finished(folder)
@@ -99,10 +107,10 @@ def inspect(
     rules: Counter[str] = Counter(tensor.rule for tensor in plan.tensors if not _is_inspected(tensor))
     return Inspection(
         dirmerge=__version__,
-        source=str(folder) if folder is not None else plan.recipe.origin,
+        source=str(folder) if folder is not None else plan.origin,
         finished=folder is not None,
-        method=plan.method.name,
-        options=dict(plan.recipe.to_plain().get("parameters") or {}),
+        method=plan.method_name,
+        options=dict(plan.recipe.get("parameters") or {}),
         scale=scale,
         base=None if plan.base is None else plan.base.label,
         tasks=[task.label for task in plan.tasks],
@@ -156,7 +164,7 @@ class _Computed:
     def get(
         self, tensor: TensorPlan, index: int | None, tasks: Tasks, weights: list[float], seed: int
     ) -> tuple[Delta, Factors | None, list[str]]:
-        merged = merge_tasks(tasks, self.plan.method.name, weights, tensor.options, seed)
+        merged = merge_tasks(tasks, self.plan.method_name, weights, tensor.options, seed)
         return merged.value, merged.factors, [*merged.record.fallbacks, *merged.record.notes]
 
 
@@ -165,7 +173,7 @@ class _Written:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
-        self.read = Inputs(plan)
+        self.read = DeltaReader.of(plan)
         self._checkpoint = self._adapter = None
         if plan.output == "adapter":
             adapter = open_adapter(folder)
@@ -213,7 +221,7 @@ def _open_finished(folder: Path) -> tuple[dict[str, Any], Plan]:
             f"{path}: the merge was made from state dicts in memory, which are not there any more"
         )
     try:
-        loaded = Recipe.load(recipe)
+        loaded = load_recipe(recipe)
     except RecipeError as error:
         raise RecipeError(f"{path}: its recipe is not valid: {error}") from error
     try:
@@ -243,11 +251,10 @@ def _check_unchanged(path: Path, inputs: list[Any], plan: Plan) -> None:
     }
     for number, item in enumerate(plan.inputs):
         for file in item.files:
-            expected = known.get((number, file.name))
-            if expected != sha256_file(file):
+            if known.get((number, Path(file.path).name)) != sha256_file(file.path):
                 raise MismatchError(
-                    f"{file}: is not the file that was merged ({path} has another SHA-256 for this input, or "
-                    "none); merge again, or inspect the recipe instead"
+                    f"{file.path}: is not the file that was merged ({path} has another SHA-256 for this "
+                    "input, or none); merge again, or inspect the recipe instead"
                 )
 
 
@@ -270,7 +277,7 @@ class _Inspector:
     def __init__(self, plan: Plan, updates: _Updates, progress: ProgressCallback | None) -> None:
         self.plan = plan
         self.updates = updates
-        self.read = Inputs(plan)
+        self.read = DeltaReader.of(plan)
         self._progress = progress
 
     def parameters(self) -> _Parameters:
@@ -278,29 +285,25 @@ class _Inspector:
         chosen = [tensor for tensor in self.plan.tensors if _is_inspected(tensor)]
         if not chosen:
             raise RecipeError(
-                f"{self.plan.recipe.origin}: {self.plan.method.name} merges no matrix of these models: there "
+                f"{self.plan.origin}: {self.plan.method_name} merges no matrix of these models: there "
                 "is nothing to inspect"
             )
-        base = self.plan.base.checkpoint if self.plan.base is not None else None
-        for task in self.plan.tasks:
-            if base is not None and task.adapter is not None:
-                task.adapter.check_base_copies(base)
-        matrices = [(tensor, index) for tensor in chosen for index in slices(tensor)]
-        entries = sum(math.prod(self.read.matrix_shape(tensor)) for tensor, _ in matrices)
+        self.read.check_base_copies()
+        work = [item for tensor in chosen for item in matrices(self.plan, tensor)]
+        entries = sum(math.prod(self.read.matrix_shape(item.tensor)) for item in work)
         found: _Parameters = []
-        work = 0
-        for done, (tensor, index) in enumerate(matrices, 1):
-            found.append((tensor, self._matrix(tensor, index)))
-            work += math.prod(self.read.matrix_shape(tensor))
+        done_entries = 0
+        for done, item in enumerate(work, 1):
+            found.append((item.tensor, self._matrix(item)))
+            done_entries += math.prod(self.read.matrix_shape(item.tensor))
             if self._progress is not None:
-                name = matrix_name(tensor, index)
-                self._progress(Progress("inspect", name, done, len(matrices), 0, 0, work / entries))
+                self._progress(Progress("inspect", item.name, done, len(work), 0, 0, done_entries / entries))
         return found
 
-    def _matrix(self, tensor: TensorPlan, index: int | None) -> ParameterInspection:
+    def _matrix(self, work: MatrixWork) -> ParameterInspection:
+        tensor, index, seed = work.tensor, work.index, work.seed
         tasks, weights = self.read.tasks(tensor, index)
         sources = [source for source in tensor.sources if source.weight != 0]
-        seed = matrix_seed(tensor, index, self.plan.recipe.seed)
         update, factors, notes = self.updates.get(tensor, index, tasks, weights, seed)
         wanted = kept_ranks(tasks)
         if factors is None or factors.asked != wanted:
@@ -340,7 +343,7 @@ class _Inspector:
             chance = measures.chance_interference(factors.s, *_matrix_shape(tasks)) / mass
         norm = _norm(update)
         return ParameterInspection(
-            name=matrix_name(tensor, index),
+            name=work.name,
             shape=_matrix_shape(tasks),
             scale=1.0,
             tasks=per_task,
@@ -390,7 +393,7 @@ class _Inspector:
         for start, stop in ranges:
             base = self.read.base(tensor.name, start, stop) if is_dense else None
             rows = [
-                self.read.delta(tensor, source, base, start, stop, updates.get(source.task))
+                self.read.rows(tensor, source, base, start, stop, updates.get(source.task))
                 .reshape(-1, n)
                 .mul_(source.weight)
                 for source in sources
@@ -435,12 +438,11 @@ def _outside_etf(update: Delta, factors: Factors) -> float | None:
 
 def _with_scale(plan: Plan, parameters: _Parameters) -> tuple[_Parameters, str]:
     """Multiply every matrix's figures by its λ, found as a merge finds it; with words on what was found."""
-    terms: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    by_name: dict[str, list[AlignmentTerms]] = defaultdict(list)
     for tensor, parameter in parameters:
-        numerator, denominator = alignment_terms(parameter.tasks)
         for name in ("", tensor.name):
-            terms[name][0] += numerator
-            terms[name][1] += denominator
+            by_name[name].append(alignment_terms(parameter.tasks))
+    terms = {name: AlignmentTerms.total(found) for name, found in by_name.items()}
 
     def scale(tensor: TensorPlan) -> float:
         if tensor.scale is not None:
@@ -449,10 +451,10 @@ def _with_scale(plan: Plan, parameters: _Parameters) -> tuple[_Parameters, str]:
         assert target is not None  # a plan has either a scale or an alignment
         name = "" if plan.scale.per == "model" else tensor.name
         try:
-            return scale_for(terms[name][0], terms[name][1], target)
+            return terms[name].scale_for(target)
         except ValueError as error:
             place = f"{name}: " if name else ""
-            raise RecipeError(f"{plan.recipe.origin}: alignment: {place}{error}") from error
+            raise RecipeError(f"{plan.origin}: alignment: {place}{error}") from error
 
     scaled = [(tensor, parameter.scaled(scale(tensor))) for tensor, parameter in parameters]
     values = sorted({parameter.scale for _, parameter in scaled})

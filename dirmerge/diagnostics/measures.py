@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirmerge.difference import Difference
+from dirmerge.deltas.difference import Difference
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.linalg import single_thread
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import Delta
+from dirmerge.methods.tasks import Delta
 
 __all__ = [
     "Response",
@@ -323,7 +323,7 @@ def task_alignment(found: Response, s: Tensor, block: slice) -> float:
         block: the task's columns.
 
     Source:
-        this project: the summand of one task in a(D), see dirmerge.scale.
+        this project: the summand of one task in a(D), see dirmerge.methods.scale.
     """
     s = s.double()
     return float((s * found.diagonal[block]).sum() / s.square().sum())

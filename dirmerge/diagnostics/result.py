@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from dirmerge.methods import AlignmentTerms
+
 Number = float | None
 
 
@@ -242,16 +244,15 @@ class Inspection(_Data):
         return cls.model_validate(plain)
 
 
-def alignment_terms(tasks: Sequence[TaskInspection | None]) -> tuple[float, float]:
+def alignment_terms(tasks: Sequence[TaskInspection | None]) -> AlignmentTerms:
     """Returns the two sums of a(λD) over tasks, of one matrix or of many."""
     aligned = [(t.alignment, t.core_energy) for t in tasks if t is not None and t.alignment is not None]
-    return sum(a * energy for a, energy in aligned), sum(energy for _, energy in aligned)
+    return AlignmentTerms(sum(a * energy for a, energy in aligned), sum(energy for _, energy in aligned))
 
 
 def total_alignment(tasks: Sequence[TaskInspection | None]) -> float | None:
     """Returns a(λD) over tasks, None where no task changes anything."""
-    numerator, denominator = alignment_terms(tasks)
-    return numerator / denominator if denominator > 0 else None
+    return alignment_terms(tasks).value
 
 
 def summarise(parameters: Sequence[ParameterInspection], count: int) -> ModelSummary:

@@ -10,15 +10,10 @@ import torch
 from pydantic import Field
 
 from dirmerge.linalg import SVDMethod
-from dirmerge.methods.common import (
-    ADAPTER_ALIGNMENT,
-    FULL_ALIGNMENT,
-    MergedDelta,
-    MergeRecord,
-    Rank,
+from dirmerge.methods.registry import register
+from dirmerge.methods.scale import ADAPTER_ALIGNMENT, FULL_ALIGNMENT
+from dirmerge.methods.spectral import (
     Smoothing,
-    Tasks,
-    Tolerance,
     balanced,
     between,
     check_smoothing,
@@ -26,9 +21,8 @@ from dirmerge.methods.common import (
     default_smoothing,
     empty_result,
     factor_tasks,
-    kept_ranks,
 )
-from dirmerge.methods.registry import register
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Rank, Tasks, Tolerance, kept_ranks
 from dirmerge.ops import elect_merge, kth_largest_magnitude
 
 

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dirmerge.difference import Difference
+from dirmerge.deltas.difference import Difference
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_flops, svd_truncated
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import (
-    ADAPTER_ALIGNMENT,
-    FULL_ALIGNMENT,
+from dirmerge.methods.registry import Cost, register
+from dirmerge.methods.scale import ADAPTER_ALIGNMENT, FULL_ALIGNMENT
+from dirmerge.methods.spectral import between, cover_space
+from dirmerge.methods.tasks import (
     Delta,
     MergedDelta,
     MergeRecord,
@@ -22,12 +23,9 @@ from dirmerge.methods.common import (
     TaskDelta,
     Tasks,
     Tolerance,
-    between,
-    cover_space,
     kept_ranks,
     sum_tasks,
 )
-from dirmerge.methods.registry import register
 
 
 def _budget(tasks: Tasks, rank: int | None) -> int:
@@ -91,15 +89,13 @@ def iso_c(
     return MergedDelta(found.q * mean.to(total.dtype), record)
 
 
-def _iso_cts_cost(
-    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
-) -> tuple[float, int, int | None]:
+def _iso_cts_cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]) -> Cost:
     m, n = shape[-2:]
     adapters = all(rank is not None for rank in ranks)
     k = min(m, n, sum(rank or 0 for rank in ranks)) if adapters else min(m, n)
     count = len(ranks) + 1
     flops = count * (4.0 * (m + n) * k * k if adapters else svd_flops(m, n, k, "exact"))
-    return flops, 4 * (5 * (m + n) * k if adapters else 6 * m * n), k
+    return Cost(flops, 4 * (5 * (m + n) * k if adapters else 6 * m * n), k)
 
 
 @register(

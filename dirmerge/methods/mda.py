@@ -8,22 +8,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.linalg import SVDMethod
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import (
-    ADAPTER_ALIGNMENT,
-    FULL_ALIGNMENT,
-    MergedDelta,
-    MergeRecord,
-    Rank,
-    Tasks,
-    Tolerance,
-    between,
-    cover_space,
-    empty_result,
-    factor_tasks,
-)
 from dirmerge.methods.registry import register
+from dirmerge.methods.scale import ADAPTER_ALIGNMENT, FULL_ALIGNMENT
+from dirmerge.methods.spectral import between, cover_space, empty_result, factor_tasks
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Rank, Tasks, Tolerance
 from dirmerge.ops import etf_project
 
 

@@ -8,26 +8,43 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 
-from dirmerge.linalg import svd_flops
-from dirmerge.methods.common import MergedDelta, Scale, Tasks, kept_ranks
+from dirmerge.linalg import single_thread, svd_flops
+from dirmerge.methods.scale import Scale
+from dirmerge.methods.tasks import MergedDelta, Tasks, kept_ranks
 
 METHODS: dict[str, Method] = {}
 
 # What the caller passes apart from the method's own options.
 _CALL_ARGUMENTS = ("tasks", "weights", "seed")
 
+
+class Cost(NamedTuple):
+    """What merging one matrix costs, estimated from shapes alone.
+
+    Attributes:
+        flops: floating-point operations.
+        peak_bytes: memory at its fullest.
+        rank: of the merged update, None for a dense one.
+    """
+
+    flops: float
+    peak_bytes: int
+    rank: int | None
+
+
 MethodFunction = Callable[..., MergedDelta]
 OptionCheck = Callable[[Mapping[str, Any], bool], None]
-CostEstimate = Callable[[tuple[int, ...], list[int | None], Mapping[str, Any]], tuple[float, int, int | None]]
+CostEstimate = Callable[[tuple[int, ...], list[int | None], Mapping[str, Any]], Cost]
 
 
 @dataclass(frozen=True)
@@ -114,8 +131,8 @@ class Method:
 
     def cost(
         self, shape: tuple[int, ...], n_tasks: int, ranks: list[int | None], options: Mapping[str, Any]
-    ) -> tuple[float, int, int | None]:
-        """Estimates (FLOPs, peak bytes, rank of the result or None) from shapes alone."""
+    ) -> Cost:
+        """Estimates the cost of one matrix from shapes alone."""
         if len(ranks) != n_tasks:
             raise ValueError(f"ranks must have one entry per task, got {len(ranks)} for {n_tasks} tasks")
         estimate = self.estimate or (elementwise_cost if self.elementwise else spectral_cost)
@@ -191,22 +208,18 @@ def _options_model(name: str) -> type[pydantic.BaseModel]:
     return pydantic.create_model(f"{name}_options", __config__=config, **fields)
 
 
-def elementwise_cost(
-    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
-) -> tuple[float, int, int | None]:
+def elementwise_cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]) -> Cost:
     """A few passes over T tensors; sums keep one delta and the total, adapters stay factored."""
     size = 1
     for extent in shape:
         size *= extent
     if len(shape) == 2 and ranks and all(rank is not None for rank in ranks) and "density" not in options:
         total = sum(rank or 0 for rank in ranks)
-        return 2.0 * total * sum(shape), 8 * total * sum(shape), total
-    return 4.0 * len(ranks) * size, 4 * (len(ranks) + 3) * size, None
+        return Cost(2.0 * total * sum(shape), 8 * total * sum(shape), total)
+    return Cost(4.0 * len(ranks) * size, 4 * (len(ranks) + 3) * size, None)
 
 
-def spectral_cost(
-    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
-) -> tuple[float, int, int | None]:
+def spectral_cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]) -> Cost:
     """One truncated SVD (thin QRs for adapters) per task, two polar factors, T small coordinate matrices."""
     m, n = shape[-2:]
     kept = kept_ranks(Tasks((m, n), [_no_delta] * len(ranks), ranks), options.get("rank"))
@@ -220,8 +233,45 @@ def spectral_cost(
             peak = max(peak, 4 * (4 * m * n + (m + n) * k))
         else:
             flops += 4.0 * (m + n) * own * own
-    return flops, peak, k
+    return Cost(flops, peak, k)
 
 
 def _no_delta() -> typing.NoReturn:
     raise AssertionError("an estimate must not load a delta")
+
+
+def merge_tasks(
+    tasks: Tasks, method: str, weights: Sequence[float], options: Mapping[str, Any], seed: int = 0
+) -> MergedDelta:
+    """Merges lazily loaded deltas by a registered method; see `dirmerge.merge_deltas` for deltas in memory.
+
+    Args:
+        tasks: the deltas; those of weight 0 are left out before the method sees them.
+        method: name of a registered method.
+        weights: one per task.
+        options: of the method, checked here.
+        seed: of whatever is random in it.
+
+    Raises:
+        ValueError: for an unknown method, options or weights without meaning, or shapes the method cannot
+        merge.
+    """
+    chosen = get_method(method)
+    if len(tasks) == 0:
+        raise ValueError("at least one delta is needed, got none")
+    if len(weights) != len(tasks):
+        raise ValueError(f"weights must have one entry per delta, got {len(weights)} for {len(tasks)}")
+    numbers = [float(w) for w in weights]
+    if not all(math.isfinite(w) for w in numbers):
+        raise ValueError(f"weights must be finite, got {numbers}")
+    chosen.check_weights(numbers)
+    if not chosen.elementwise and (len(tasks.shape) != 2 or 0 in tasks.shape):
+        raise ValueError(f"{method} merges matrices of shape (m, n), got {tasks.shape}")
+    checked = chosen.validate(options, adapters=tasks.low_rank)
+    present = [t for t, w in enumerate(numbers) if w != 0]
+    if len(present) < len(tasks):
+        tasks, numbers = tasks.subset(present), [numbers[t] for t in present]
+    with single_thread(tasks.width):
+        merged = chosen.function(tasks, numbers, seed=seed, **checked)
+    merged.record.weights = [float(w) for w in weights]
+    return merged

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
 from dirmerge.methods.registry import register
+from dirmerge.methods.scale import Scale
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
 
 
 @register(

@@ -8,8 +8,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks
 from dirmerge.methods.registry import register
+from dirmerge.methods.scale import Scale
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks
 from dirmerge.ops import elect_merge, kth_largest_magnitude
 
 

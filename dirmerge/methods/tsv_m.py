@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from dirmerge.linalg import SVDMethod
-from dirmerge.methods.common import (
-    ADAPTER_ALIGNMENT,
-    FULL_ALIGNMENT,
-    MergedDelta,
-    MergeRecord,
-    Rank,
-    Tasks,
-    Tolerance,
-    between,
-    cover_space,
-    empty_result,
-    factor_tasks,
-    kept_ranks,
-)
 from dirmerge.methods.registry import register
+from dirmerge.methods.scale import ADAPTER_ALIGNMENT, FULL_ALIGNMENT
+from dirmerge.methods.spectral import between, cover_space, empty_result, factor_tasks
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Rank, Tasks, Tolerance, kept_ranks
 
 
 @register(

@@ -10,15 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.linalg import SVDMethod
-from dirmerge.methods.common import (
+from dirmerge.methods.registry import register
+from dirmerge.methods.scale import Scale
+from dirmerge.methods.spectral import (
     Cover,
-    MergedDelta,
-    MergeRecord,
-    Rank,
-    Scale,
     Smoothing,
-    Tasks,
-    Tolerance,
     balanced,
     between,
     check_smoothing,
@@ -26,9 +22,8 @@ from dirmerge.methods.common import (
     default_smoothing,
     empty_result,
     factor_tasks,
-    kept_ranks,
 )
-from dirmerge.methods.registry import register
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Rank, Tasks, Tolerance, kept_ranks
 from dirmerge.ops import gram
 
 Exponent = Annotated[float, Field(ge=0, le=4)]

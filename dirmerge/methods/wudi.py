@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dirmerge.lowrank import LowRank
-from dirmerge.methods.common import MergedDelta, MergeRecord, Scale, Tasks, sum_tasks
-from dirmerge.methods.registry import register
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.methods.registry import Cost, register
+from dirmerge.methods.scale import Scale
+from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
 
 
 def _check(options: Mapping[str, Any], adapters: bool) -> None:
@@ -25,17 +26,15 @@ def _check(options: Mapping[str, Any], adapters: bool) -> None:
         raise ValueError("wudi: cutoff belongs to solver='exact'")
 
 
-def _cost(
-    shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]
-) -> tuple[float, int, int | None]:
+def _cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str, Any]) -> Cost:
     m, n = shape[-2:]
     if options.get("solver", "adam") == "exact":
         if all(rank is not None for rank in ranks):
             k = sum(rank or 0 for rank in ranks)
-            return 6.0 * (m + n) * k * k, 4 * 4 * (m + n) * k, k
-        return 4.0 * len(ranks) * m * n * n + 12.0 * n**3, 4 * (4 * m * n + 6 * n * n), None
+            return Cost(6.0 * (m + n) * k * k, 4 * 4 * (m + n) * k, k)
+        return Cost(4.0 * len(ranks) * m * n * n + 12.0 * n**3, 4 * (4 * m * n + 6 * n * n), None)
     steps = options.get("steps", 300)
-    return (4.0 * len(ranks) + 2.0 * steps) * m * n * n, 4 * (7 * m * n + 2 * n * n), None
+    return Cost((4.0 * len(ranks) + 2.0 * steps) * m * n * n, 4 * (7 * m * n + 2 * n * n), None)
 
 
 @register(

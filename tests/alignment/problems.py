@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dirmerge.alignment import AlignmentTask, Head, Model
-from dirmerge.lowrank import LowRank
+from dirmerge.deltas.lowrank import LowRank
 
 D, HIDDEN, INPUT = 8, 12, 6
 

@@ -5,7 +5,7 @@ import torch
 from problems import base, tasks, updates
 
 from dirmerge.alignment.weights import ScaledUpdates, group_of
-from dirmerge.lowrank import LowRank
+from dirmerge.deltas.lowrank import LowRank
 
 
 def dense(update):

@@ -30,8 +30,8 @@ from dirmerge.checkpoints.adapters import (
     write_adapter,
 )
 from dirmerge.checkpoints.reader import open_checkpoint
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError
-from dirmerge.lowrank import LowRank
 
 
 def bert() -> transformers.BertForSequenceClassification:

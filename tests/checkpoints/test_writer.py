@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 
 import dirmerge.checkpoints.writer as writer_module
 from dirmerge.checkpoints.reader import open_checkpoint
+from dirmerge.checkpoints.spool import Spool
 from dirmerge.checkpoints.writer import (
     OutputFolder,
     ShardedWriter,
-    Spool,
     copy_side_files,
     plan_shards,
     sha256_file,
 )
+from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, OutputError
-from dirmerge.lowrank import LowRank
 
 
 def snapshot(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dirmerge import Difference, LowRank
 from dirmerge.diagnostics import measures
 from dirmerge.linalg import polar, simplex_etf
 from dirmerge.methods import Tasks, factor_tasks, kept_ranks, merge_tasks
-from dirmerge.scale import alignment_terms
+from dirmerge.methods.scale import alignment_terms
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

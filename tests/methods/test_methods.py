@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dirmerge
 from dirmerge import LowRank
 from dirmerge.methods import METHODS, Scale, Tasks, get_method, merge_tasks, register
-from dirmerge.methods.common import balanced
+from dirmerge.methods.spectral import balanced
 
 SPECTRAL = ["dc_merge", "mda", "tsv_m", "iso_c", "iso_cts", "whitened"]
 ALL = [*SPECTRAL, "wudi", "ties", "task_arithmetic", "average"]
@@ -402,7 +402,7 @@ def test_mda_with_one_vertex_per_task_centres_the_blocks(generator):
 
 def test_a_frame_that_stays_a_product_gives_the_same_update(generator, monkeypatch):
     """Nearly orthogonal bases: U (G^(−1/2) M G^(−1/2)) Vᵀ equals the form with its frames multiplied out."""
-    from dirmerge.methods import common
+    from dirmerge.methods import spectral as common
 
     loras = [lora.to(torch.float32) for lora in adapters(generator, 400, 300)]
     for method in ("dc_merge", "tsv_m", "mda", "iso_cts"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from dirmerge.checkpoints.plan import Input, Plan
 from dirmerge.checkpoints.writer import MANIFEST
+from dirmerge.planning import InputPlan, Plan
 
 CARD = "README.md"
 
@@ -37,7 +37,7 @@ def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "dirmerge": __version__,
-        "method": plan.method.name,
+        "method": plan.method_name,
         "output": plan.output,
         "scale": {
             "value": result["scale"],
@@ -50,7 +50,7 @@ def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "fallbacks": result["fallbacks"],
         "seconds": result["seconds"],
         "peak_rss": result["peak_rss"],
-        "recipe": plan.recipe.to_plain(),
+        "recipe": plan.recipe,
         "tensors": result["tensors"],
     }
 
@@ -73,7 +73,7 @@ def card(plan: Plan, result: Mapping[str, Any]) -> str:
         "",
         f"# A merge of {len(plan.tasks)} {'adapters' if plan.adapters else 'models'}",
         "",
-        f"Made with dirmerge {__version__} by the method `{plan.method.name}`: {plan.method.summary}.",
+        f"Made with dirmerge {__version__} by the method `{plan.method_name}`: {plan.method.summary}.",
         "",
         f"- scale: {result['scale_text']}",
     ]
@@ -90,17 +90,24 @@ def card(plan: Plan, result: Mapping[str, Any]) -> str:
             digest = f"`{file['sha256']}`" if len(file["sha256"]) > 1 else file["sha256"]
             cells = [_cell(item.label), item.kind, weight, _cell(file["name"]), digest]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Recipe", "", "```yaml", plan.recipe.to_yaml().strip(), "```", ""]
+    lines += ["", "## Recipe", "", "```yaml", recipe_text(plan.recipe).strip(), "```", ""]
     return "\n".join(lines)
 
 
-def _input(item: Input, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _input(item: InputPlan, plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
     hashes = result["hashes"]
     return {
         "role": "base" if item is plan.base else "task",
         "source": item.label,
         "kind": item.kind,
-        "files": [{"name": path.name, "sha256": hashes.get(str(path), "–")} for path in item.files],
+        "files": [
+            {"name": Path(file.path).name, "sha256": hashes.get(file.path, "–")} for file in item.files
+        ],
     }
 
 
@@ -115,7 +122,7 @@ def _options(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _weight(plan: Plan, item: Input) -> str:
+def _weight(plan: Plan, item: InputPlan) -> str:
     task = next(t for t, other in enumerate(plan.tasks) if other is item)
     weights = {s.weight for tensor in plan.tensors for s in tensor.sources if s.task == task}
     return f"{weights.pop():g}" if len(weights) == 1 else "per tensor"
@@ -126,9 +133,10 @@ def _hub_name(plan: Plan) -> str | None:
     candidates: list[Any] = []
     if plan.base is not None:
         candidates.append(plan.base.label.split("@")[0])
-        if plan.base.checkpoint is not None and plan.base.checkpoint.config:
-            candidates.append(plan.base.checkpoint.config.get("_name_or_path"))
-    candidates += [task.adapter.base_name for task in plan.tasks if task.adapter is not None]
+        base = plan.open().base
+        if base is not None and base.checkpoint is not None and base.checkpoint.config:
+            candidates.append(base.checkpoint.config.get("_name_or_path"))
+    candidates += [task.base_name for task in plan.tasks]
     for name in candidates:
         if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
             return name

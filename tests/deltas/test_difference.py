@@ -49,7 +49,7 @@ def test_pieces_cover_what_one_piece_does(generator, monkeypatch):
     base, tuned = weights(50, 30, generator)
     whole = Difference(tuned, base)
     expected = [whole.gram(torch.float32)[0], whole.mT.gram(torch.float32)[0]]
-    monkeypatch.setattr("dirmerge.difference._PIECE", 95)  # three rows, and one or two at the end
+    monkeypatch.setattr("dirmerge.deltas.difference._PIECE", 95)  # three rows, and one or two at the end
     torch.testing.assert_close(whole.gram(torch.float32)[0], expected[0])
     torch.testing.assert_close(whole.mT.gram(torch.float32)[0], expected[1])
     added = torch.zeros(50, 30)
@@ -114,7 +114,7 @@ def test_tasks_on_an_accelerator_are_decomposed_as_one_batch(generator, monkeypa
         calls.append(tuple(a.shape))
         return linalg.svd_truncated(a, *args, **kwargs)
 
-    monkeypatch.setattr("dirmerge.methods.common.svd_truncated", counted)
+    monkeypatch.setattr("dirmerge.methods.spectral.svd_truncated", counted)
     one_by_one = factor_tasks(Tasks((40, 30), **options), [6, 4], "exact", 1e-2, 0)
     # No accelerator is needed to take its road: the weights stay where they are.
     tasks = Tasks((40, 30), **options, device=torch.device("cuda"))

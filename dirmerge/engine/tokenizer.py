@@ -7,9 +7,9 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from dirmerge.checkpoints.plan import Input, Plan
 from dirmerge.checkpoints.safetensors_io import read_json_object
 from dirmerge.errors import RecipeError
+from dirmerge.planning import Plan
 from dirmerge.recipe import is_inline_template
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -32,17 +32,16 @@ def finish_tokenizer(plan: Plan, folder: Path) -> None:
     Raises:
         RecipeError: the model named has no tokenizer, or no model has a chat template.
     """
-    recipe = plan.recipe
-    if recipe.tokenizer_from != "base":
+    if plan.tokenizer != "base":
         _copy_tokenizer(plan, folder)
-    if recipe.chat_template is None:
+    if plan.chat_template is None:
         return
-    if recipe.chat_template == "auto":
+    if plan.chat_template == "auto":
         text = _most_common_template(plan)
-    elif is_inline_template(recipe.chat_template):
-        text = recipe.chat_template
+    elif is_inline_template(plan.chat_template):
+        text = plan.chat_template
     else:
-        text = Path(recipe.chat_template).expanduser().read_text(encoding="utf-8")
+        text = Path(plan.chat_template).expanduser().read_text(encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
     # A template in the configuration would stand beside the file, and readers differ in which they take.
     config_path = folder / TOKENIZER_CONFIG
@@ -54,12 +53,11 @@ def finish_tokenizer(plan: Plan, folder: Path) -> None:
 
 
 def _copy_tokenizer(plan: Plan, folder: Path) -> None:
-    label = plan.recipe.tokenizer_from
-    item = next(item for item in plan.inputs if item.label == label)
-    source = _folder(item)
+    label = plan.tokenizer
+    source = next(item for item in plan.open().all if item.label == label).folder
     files = _tokenizer_files(source) if source is not None else []
     if not files:
-        raise RecipeError(f"{plan.recipe.origin}: tokenizer_source: {label} has no tokenizer files")
+        raise RecipeError(f"{plan.origin}: tokenizer_source: {label} has no tokenizer files")
     for path in _tokenizer_files(folder):
         path.unlink()
     for path in files:
@@ -72,10 +70,11 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 def _most_common_template(plan: Plan) -> str:
     """Return the template that most models have; of those that tie the first, fine-tunes before the base."""
-    items = [*plan.tasks, *([plan.base] if plan.base is not None else [])]
-    templates = [text for item in items if (text := _template(_folder(item))) is not None]
+    inputs = plan.open()
+    items = [*inputs.tasks, *([inputs.base] if inputs.base is not None else [])]
+    templates = [text for item in items if (text := _template(item.folder)) is not None]
     if not templates:
-        raise RecipeError(f"{plan.recipe.origin}: chat_template: auto finds no model with a chat template")
+        raise RecipeError(f"{plan.origin}: chat_template: auto finds no model with a chat template")
     return Counter(templates).most_common(1)[0][0]
 
 
@@ -88,10 +87,3 @@ def _template(folder: Path | None) -> str | None:
         return None
     template = read_json_object(folder / TOKENIZER_CONFIG).get("chat_template")
     return template if isinstance(template, str) else None
-
-
-def _folder(item: Input) -> Path | None:
-    path = item.checkpoint.path if item.checkpoint is not None else None
-    if path is None and item.adapter is not None:
-        path = item.adapter.path
-    return path if path is None or path.is_dir() else path.parent

@@ -12,7 +12,6 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
-from dirmerge.engine import local
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
 BASE = tiny_state()
@@ -184,7 +183,7 @@ def test_chunks_of_rows_change_nothing(models, monkeypatch):
     entries = {"tensors": [{"match": "lm_head.*", "rule": "take", "model": 1}]}
     whole = api.merge(recipe(models, method="iso_c", **entries))
     chunked_whole = api.merge(recipe(models, method="ties", **entries))
-    monkeypatch.setattr(local, "CHUNK_BYTES", 4 * 16 * 5)
+    monkeypatch.setattr(rules, "CHUNK_BYTES", 4 * 16 * 5)
     for method, reference in (("iso_c", whole), ("ties", chunked_whole)):
         chunked = api.merge(recipe(models, method=method, **entries), models / method)
         found = read_folder(chunked.path)

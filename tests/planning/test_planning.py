@@ -7,10 +7,10 @@ import torch
 from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import save_file
 
-from dirmerge.checkpoints.names import common_prefix, is_table, layer_depths
-from dirmerge.checkpoints.planner import make_plan
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
-from dirmerge.recipe import Recipe
+from dirmerge.planning import make_plan
+from dirmerge.planning.names import common_prefix, is_table, layer_depths
+from dirmerge.recipe import load_recipe
 
 BASE = tiny_state()
 
@@ -28,7 +28,7 @@ def recipe(folder, *models, base="base", method="tsv_m", **keys):
     plain = {"merge_method": method, "models": [{"model": str(folder / m)} for m in models], **keys}
     if base is not None:
         plain["base_model"] = str(folder / base)
-    return Recipe.load(plain)
+    return load_recipe(plain)
 
 
 def plan(*args, as_adapter=False, rank=None, **keys):
@@ -200,7 +200,7 @@ def test_merge_rule_on_what_is_no_matrix(models):
 
 def test_gradients_follow_the_layers(models):
     planned = make_plan(
-        Recipe.load(
+        load_recipe(
             {
                 "merge_method": "tsv_m",
                 "base_model": str(models / "base"),
@@ -295,7 +295,7 @@ def test_as_adapter_needs_adapters_only(models):
         plan(models, "x", "a", as_adapter=True)
     with pytest.raises(RecipeError, match=r"base_model is missing: give it \(the adapters name tiny/base\)"):
         plan(models, "x", "y", base=None)
-    with pytest.raises(RecipeError, match="only has a meaning when an adapter is written"):
+    with pytest.raises(RecipeError, match="adapter_rank requires --as adapter"):
         plan(models, "x", "y", rank=3)
     with pytest.raises(RecipeError, match="ties gives a dense update, which is no adapter; choose a rank"):
         plan(models, "x", "y", base=None, as_adapter=True, method="ties")

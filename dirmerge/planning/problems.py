@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dirmerge.checkpoints.names import layer_pattern
 from dirmerge.errors import MismatchError
+from dirmerge.planning.names import layer_pattern
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 
 import dirmerge
 from dirmerge import LowRank
-from dirmerge.methods import METHODS, Scale, Tasks, get_method, merge_tasks
-from dirmerge.scale import alignment_terms, scale_for
+from dirmerge.methods import METHODS, AlignmentTerms, Scale, Tasks, get_method, merge_tasks
+from dirmerge.methods.scale import alignment_terms
 
 
 def tasks_of(deltas):
@@ -62,10 +62,10 @@ def test_weights_do_not_enter_but_absence_does(generator):
 
 
 def test_scale_for_edges():
-    assert scale_for(2.0, 4.0, 0.5) == pytest.approx(1.0)
-    assert scale_for(0.0, 0.0, 0.5) == 1.0
+    assert AlignmentTerms(2.0, 4.0).scale_for(0.5) == pytest.approx(1.0)
+    assert AlignmentTerms().scale_for(0.5) == 1.0
     with pytest.raises(ValueError, match="no scale reaches"):
-        scale_for(-1.0, 4.0, 0.5)
+        AlignmentTerms(-1.0, 4.0).scale_for(0.5)
 
 
 def test_a_default_falls_with_the_number_of_tasks():

@@ -1,0 +1,1 @@
+"""Task deltas that are never formed as a whole: low-rank products, and differences of two weights."""

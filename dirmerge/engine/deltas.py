@@ -1,0 +1,256 @@
+"""DeltaReader: the one place that turns a plan's sources into weights and deltas, with the finite check."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dirmerge import ops
+from dirmerge.checkpoints.adapters import ReadRows
+from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
+from dirmerge.deltas.difference import Difference
+from dirmerge.deltas.lowrank import LowRank
+from dirmerge.errors import NonFiniteError
+from dirmerge.methods import Tasks
+from dirmerge.methods.tasks import Delta, TaskDelta
+from dirmerge.planning import Plan, Source, TensorPlan
+from dirmerge.planning.inputs import Input, Inputs
+
+CPU = torch.device("cpu")
+
+
+class DeltaReader:
+    """Reads weights and deltas; NaN and Inf are errors that name the file they come from.
+
+    Args:
+        inputs: of the plan, opened.
+        read: reads rows of a tensor that lies in a file.
+    """
+
+    def __init__(self, inputs: Inputs, read: ReadRows = read_tensor) -> None:
+        self.inputs = inputs
+        self._read = read
+
+    @classmethod
+    def of(cls, plan: Plan) -> DeltaReader:
+        """Returns a reader of a plan's inputs, which it opens where they are not open."""
+        return cls(plan.open())
+
+    def base(
+        self, name: str, start: int | None = None, stop: int | None = None, *, check: bool = True
+    ) -> Tensor:
+        """Returns rows of the base's tensor in its stored dtype."""
+        base = self.inputs.base
+        assert base is not None  # a rule that reads the base is planned only where there is one
+        return self._rows_of(base, base.tensors[name], start, stop, check=check)
+
+    def check_base_copies(self) -> None:
+        """Checks that adapters were made for this base, where they hold copies of its weights.
+
+        Raises:
+            MismatchError: a copy differs.
+        """
+        base = self.inputs.base
+        for task in self.inputs.tasks:
+            if base is not None and base.checkpoint is not None and task.adapter is not None:
+                task.adapter.check_base_copies(base.checkpoint)
+
+    def matrix_shape(self, tensor: TensorPlan) -> tuple[int, int]:
+        """Returns the shape of the matrix that the method sees."""
+        if tensor.slices is not None:
+            return tensor.shape[1], tensor.shape[2]
+        if len(tensor.shape) < 2:
+            return 1, tensor.numel
+        return tensor.shape[0], math.prod(tensor.shape[1:])
+
+    def tasks(
+        self, tensor: TensorPlan, index: int | None, device: torch.device = CPU
+    ) -> tuple[Tasks, list[float]]:
+        """Returns the deltas of one matrix as the method sees them, loaded one at a time, and their weights.
+
+        A weight of 0 leaves its fine-tune out.
+
+        Args:
+            tensor: the tensor.
+            index: number of the slice of a stack, None for a tensor that is one matrix.
+            device: where the deltas are loaded.
+        """
+        sources = [source for source in tensor.sources if source.weight != 0]
+        base: Tensor | None = None
+        if any(source.rank is None for source in tensor.sources):
+            base = self.base(tensor.name, *_matrix_rows(index), check=False)
+            base = base.reshape(self.matrix_shape(tensor)).to(device)
+
+        def load(source: Source) -> TaskDelta:
+            return self._delta(tensor, source, index, base, device)
+
+        tasks = Tasks(
+            self.matrix_shape(tensor),
+            [lambda source=source: load(source) for source in sources],  # type: ignore[misc]
+            [source.rank for source in sources],
+            [self.inputs.tasks[source.task].label for source in sources],
+            device,
+        )
+        return tasks, [source.weight for source in sources]
+
+    def delta(self, tensor: TensorPlan, t: int) -> Delta | None:
+        """Returns W_t − W_0 of fine-tune t in the tensor's shape, an adapter's as its factors.
+
+        None where it changes nothing.
+        """
+        source = next((source for source in tensor.sources if source.task == t), None)
+        if source is None or not tensor.in_base or source.kind == "unchanged":
+            return None
+        if source.rank is not None:
+            return self.low_rank(source)
+        return self.rows(tensor, source, self.base(tensor.name), None, None, self.low_ranks(tensor).get(t))
+
+    def low_rank(self, source: Source, device: torch.device = CPU) -> LowRank:
+        """Returns the update of an adapter's module."""
+        adapter = self.inputs.tasks[source.task].adapter
+        assert adapter is not None  # only adapters' sources have a module
+        assert source.module is not None
+        return adapter.targets[source.module].read(self._read, device)
+
+    def low_ranks(self, tensor: TensorPlan) -> dict[int, LowRank]:
+        """Returns the updates of all adapters that change a tensor."""
+        return {s.task: self.low_rank(s) for s in tensor.sources if s.module is not None and s.saved is None}
+
+    def value(self, source: Source, start: int | None, stop: int | None) -> Tensor | None:
+        """Returns rows of the fine-tune's own full tensor, None when it has only an update."""
+        task = self.inputs.tasks[source.task]
+        name = source.saved if source.saved is not None else source.tensor
+        return (
+            None if name is None else self._rows_of(task, name, start, stop, saved=source.saved is not None)
+        )
+
+    def rows(
+        self,
+        tensor: TensorPlan,
+        source: Source,
+        base: Tensor | None,
+        start: int | None,
+        stop: int | None,
+        update: LowRank | None,
+    ) -> Tensor:
+        """Returns rows of W_t − W_0 (W_t itself without a base), in memory of its own.
+
+        Args:
+            tensor: the tensor.
+            source: of the fine-tune.
+            base: the same rows of W_0, None for a tensor that the base lacks.
+            start: first row, None for all.
+            stop: row after the last.
+            update: of an adapter, the whole of it.
+        """
+        value = self.value(source, start, stop)
+        part: Tensor | None = None
+        if value is not None and base is not None:
+            part = ops.delta(value, base).value
+        elif value is not None:
+            part = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+        if update is not None:
+            low = row_range(update, start, stop).dense()
+            part = low if part is None else part.to(torch.promote_types(part.dtype, low.dtype)).add_(low)
+        if part is None:
+            assert base is not None  # unchanged by an adapter: the plan knows the base has it
+            part = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32))
+        return part
+
+    def _rows_of(
+        self,
+        item: Input,
+        name: str,
+        start: int | None,
+        stop: int | None,
+        *,
+        saved: bool = False,
+        check: bool = True,
+    ) -> Tensor:
+        info = _info(item, name, saved)
+        if info.file is not None:
+            value = self._read(info, start, stop)
+        else:
+            assert item.checkpoint is not None  # a state dict
+            value = item.checkpoint.read(name, start, stop)
+        return check_finite(value, info, item) if check else value
+
+    def _delta(
+        self, tensor: TensorPlan, source: Source, index: int | None, base: Tensor | None, device: torch.device
+    ) -> LowRank | Tensor | Difference:
+        """Returns one task's delta, from disk every time: what the method does not keep is not in memory."""
+        if source.rank is not None:
+            return self.low_rank(source, device)
+        assert base is not None  # tasks() reads it for dense deltas
+        difference: Tensor | Difference
+        name = source.saved if source.saved is not None else source.tensor
+        if name is not None:
+            difference = self._difference(tensor, source, name, index, base)
+        else:
+            dtype = torch.promote_types(base.dtype, torch.float32)
+            difference = torch.zeros(base.shape, dtype=dtype, device=device)
+        if source.module is not None and source.saved is None:
+            update = self.low_rank(source, device)
+            left, right = update.folded()
+            if isinstance(difference, Difference):
+                difference = difference.dense()
+            dtype = torch.promote_types(difference.dtype, update.dtype)
+            difference = difference.to(dtype).addmm_(left.to(dtype), right.to(dtype).mT)
+        return difference
+
+    def _difference(
+        self, tensor: TensorPlan, source: Source, name: str, index: int | None, base: Tensor
+    ) -> Difference:
+        task, saved = self.inputs.tasks[source.task], source.saved is not None
+        info = _info(task, name, saved)
+        value = self._rows_of(task, name, *_matrix_rows(index), saved=saved, check=False)
+        value = value.reshape(base.shape).to(base.device)
+        # A difference of finite weights is not finite only where both are near the end of float32.
+        bound = _largest(value) + _largest(base)
+        if not bound <= torch.finfo(torch.float32).max:
+            check_finite(value, info, task)
+            self.base(tensor.name)
+            if not bool(torch.isfinite(ops.delta(value, base).value).all()):
+                raise NonFiniteError(
+                    f"{_place(info, task)}: tensor {info.name!r} minus the base's is not finite: its values "
+                    "are too large"
+                )
+        return Difference(value, base)
+
+
+def row_range(update: LowRank, start: int | None, stop: int | None) -> LowRank:
+    """Returns rows of a low-rank matrix."""
+    return LowRank(update.left[start:stop], update.core, update.right)
+
+
+def check_finite(value: Tensor, info: TensorInfo, item: Input) -> Tensor:
+    """Returns the value; NonFiniteError names file and tensor where it holds NaN or Inf."""
+    if value.is_floating_point() and not math.isfinite(_largest(value)):
+        raise NonFiniteError(f"{_place(info, item)}: tensor {info.name!r} holds NaN or Inf")
+    return value
+
+
+def _matrix_rows(index: int | None) -> tuple[int | None, int | None]:
+    return (None, None) if index is None else (index, index + 1)
+
+
+def _info(item: Input, name: str, saved: bool) -> TensorInfo:
+    if saved:
+        assert item.adapter is not None  # only an adapter's source is saved beside it
+        return item.adapter.saved[name]
+    assert item.checkpoint is not None  # the other sources are tensors of a checkpoint
+    return item.checkpoint.tensors[name]
+
+
+def _largest(value: Tensor) -> float:
+    """The largest magnitude, NaN where there is one, in one pass."""
+    if value.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(value)
+    return max(-float(low), float(high)) if bool(low == low) else math.nan
+
+
+def _place(info: TensorInfo, item: Input) -> str:
+    return str(info.file) if info.file is not None else item.label
