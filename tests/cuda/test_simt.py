@@ -25,7 +25,6 @@ def numbers(*shape: int) -> torch.Tensor:
 PROBLEMS: dict[str, Callable[[], torch.Tensor]] = {
     "gram": lambda: cuda.gram(numbers(33, 130)),
     "etf_project": lambda: cuda.etf_project(numbers(40, 70)),
-    "etf_project_add": lambda: cuda.etf_project_add(numbers(70, 70), numbers(70, 70), numbers(70), 5),
     "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(numbers(3, 2000), 700),
 }
 BARRIERS = [

@@ -14,7 +14,6 @@ def test_every_launcher_is_found_when_it_is_asked_for() -> None:
         "delta_sketch": lambda: ops.delta_sketch(x[0], x, width=3),
         "elect_merge": lambda: ops.elect_merge(x),
         "etf_project": lambda: ops.etf_project(x),
-        "etf_project_add": lambda: ops.etf_project_add(x[0], x[1], x[2, 0], 4),
         "gram": lambda: ops.gram(x),
         "kth_largest_magnitude": lambda: ops.kth_largest_magnitude(x, 3),
         "lowrank_add": lambda: ops.lowrank_add(x[0], x[1], x[2]),
