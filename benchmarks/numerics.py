@@ -21,7 +21,8 @@ import triton
 import dirmerge.ops  # noqa: F401  registers the ops
 from benchmarks import cuda_kernels
 from benchmarks.kernels import FORMS, ROOT, Form
-from dirmerge import backends, cuda
+from dirmerge import backends
+from dirmerge.backends import cuda
 from dirmerge.ops._registration import compute_dtype
 
 # Truth for float64 is torch's own float64, so the error of a float64 form has that of the truth in it.

@@ -12,9 +12,11 @@ from dirmerge.triton_kernels._common import (
     INTERPRETED,
     aligned,
     float32_products,
-    on_device,
+    launch,
     operand,
 )
+
+from dirmerge.backends.launch import addresses
 
 TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 3}
 # For rows that are not aligned, whose elements are addressed one by one.
@@ -153,29 +155,29 @@ def delta_sketch(
     row_blocks = triton.cdiv(m, tiles["BLOCK_M"])
     energy = base.new_zeros((T, row_blocks), dtype=torch.float64)
     nonfinite = base.new_zeros((T, row_blocks), dtype=torch.int32)
-    if value.numel():
-        addresses = on_device([weight.data_ptr() for weight in finetuned], torch.int64, base.device)
-        with torch.cuda.device_of(base):
-            delta_sketch_kernel[(row_blocks * T * triton.cdiv(width, tiles["BLOCK_S"]),)](
-                addresses,
-                base,
-                test,
-                value,
-                energy,
-                nonfinite,
-                T,
-                m,
-                n,
-                width,
-                seed,
-                *finetuned[0].stride(),
-                *base.stride(),
-                *test_strides,
-                FINETUNED=DTYPES[finetuned[0].dtype],
-                ALIGNED=all_aligned,
-                RANDOM=test is None,
-                PRECISION=float32_products(),
-                INTERPRETED=INTERPRETED,
-                **tiles,
-            )
+    if T:
+        launch(
+            delta_sketch_kernel,
+            row_blocks * T * triton.cdiv(width, tiles["BLOCK_S"]),
+            addresses(finetuned),
+            base,
+            test,
+            value,
+            energy,
+            nonfinite,
+            T,
+            m,
+            n,
+            width,
+            seed,
+            *finetuned[0].stride(),
+            *base.stride(),
+            *test_strides,
+            FINETUNED=DTYPES[finetuned[0].dtype],
+            ALIGNED=all_aligned,
+            RANDOM=test is None,
+            PRECISION=float32_products(),
+            INTERPRETED=INTERPRETED,
+            **tiles,
+        )
     return value, energy.sum(1), nonfinite.sum(1)

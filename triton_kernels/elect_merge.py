@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, compute_dtype, divided, on_device, rounded
+from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, divided, launch, rounded
+
+from dirmerge.backends.launch import compute_dtype, elect_operands
 
 BLOCK = 1024
 
@@ -65,27 +67,23 @@ def elect_merge(
     weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Launches the merge; x is copied first unless its x[t] are contiguous."""
-    T = x.shape[0]
-    result = x.new_empty(x.shape[1:])
-    if result.numel() == 0:
-        return result
+    x, limits, factors, result = elect_operands(x, thresholds, weights)
     compute = compute_dtype(x)
-    if not x[0].is_contiguous():
-        x = x.contiguous()
-    with torch.cuda.device_of(x):
-        elect_merge_kernel[(triton.cdiv(result.numel(), BLOCK),)](
-            x,
-            None if thresholds is None else thresholds.to(compute).contiguous(),
-            None if weights is None else on_device(weights, compute, x.device),
-            result,
-            T,
-            result.numel(),
-            x.stride(0),
-            THRESHOLDS=thresholds is not None,
-            WEIGHTS=weights is not None,
-            COMPUTE=DTYPES[compute],
-            BLOCK=BLOCK,
-            INTERPRETED=INTERPRETED,
-            num_warps=8 if compute == torch.float64 else 4,
-        )
+    launch(
+        elect_merge_kernel,
+        triton.cdiv(result.numel(), BLOCK),
+        x,
+        limits,
+        factors,
+        result,
+        x.shape[0],
+        result.numel(),
+        x.stride(0),
+        THRESHOLDS=limits is not None,
+        WEIGHTS=factors is not None,
+        COMPUTE=DTYPES[compute],
+        BLOCK=BLOCK,
+        INTERPRETED=INTERPRETED,
+        num_warps=8 if compute == torch.float64 else 4,
+    )
     return result

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dirmerge import cuda
-from dirmerge.backends import implements, native
+from dirmerge.backends import cuda, implements, native
+from dirmerge.backends.launch import elect_operands
 from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
@@ -86,13 +86,10 @@ def _elect_merge_native(
     thresholds: torch.Tensor | None = None,
     weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    x = x.contiguous()
-    if thresholds is not None:
-        thresholds = thresholds.to(compute_dtype(x)).contiguous()
-    merged = x.new_empty(x.shape[1:])
+    x, limits, _, merged = elect_operands(x, thresholds, None)
     native().elect_merge(
         view(x),
-        None if thresholds is None else view(thresholds),
+        None if limits is None else view(limits),
         weights,
         view(merged),
         torch.get_num_threads(),

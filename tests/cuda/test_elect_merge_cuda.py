@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, ops
+from dirmerge.backends import cuda
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

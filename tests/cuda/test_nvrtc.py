@@ -1,8 +1,8 @@
-"""dirmerge.nvrtc with a CuPy of our own, whose modules are the kernels emulated on the CPU.
+"""dirmerge.backends.nvrtc with a CuPy of our own, whose modules are the kernels emulated on the CPU.
 
-It takes the same calls as CuPy's: source, options and names of kernels in; grid, block, NumPy scalars and
-bytes of shared memory at a launch. What it runs is what dirmerge.nvrtc chose, so the results must be those of
-the compiled launchers to the bit.
+It takes the same calls as CuPy's: source, options and names of kernels in; grid, block and NumPy scalars at a
+launch. What it runs is what dirmerge.backends.nvrtc chose, so the results must be those of the compiled
+launchers to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import torch
 from emulation import CSRC, FLAGS, Emulated
 
-from dirmerge import cuda, nvrtc
+from dirmerge.backends import cuda, nvrtc
 
 SHIM = """
 #include "cuda/launch.h"
@@ -70,7 +70,7 @@ PROBLEMS: dict[str, Callable[[], Any]] = {
 
 
 class FakeCuPy:
-    """What dirmerge.nvrtc uses of CuPy, and what it asked for."""
+    """What dirmerge.backends.nvrtc uses of CuPy, and what it asked for."""
 
     __version__ = "14.2.0"
 
@@ -187,6 +187,21 @@ def test_launches_what_the_compiled_launcher_does(
     PROBLEMS[problem]()
     assert len(cupy.compiled) == len({name for name, _ in cupy.compiled})
     assert set(cupy.streams) == {(0, 0)}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.usefixtures("emulated")
+def test_the_callers_default_device_does_not_matter(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[Any, torch.Tensor] = {}
+
+    def once(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return made.setdefault((shape, dtype), torch.randn(shape).to(dtype))
+
+    monkeypatch.setitem(globals(), "matrices", once)
+    expected = PROBLEMS[problem]()
+    # "meta" stands for a GPU: a tensor that is made without its device lands there and holds nothing.
+    with torch.device("meta"):
+        assert torch.equal(PROBLEMS[problem](), expected)
 
 
 def test_every_kernel_of_the_library_is_launched_here() -> None:

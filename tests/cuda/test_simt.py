@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulation import CSRC, ORDERS, Emulated, compile_emulated
 
-from dirmerge import cuda
+from dirmerge.backends import cuda
 
 KERNELS = CSRC / "cuda"
 BARRIER = re.compile(r"^ *__syncthreads\(\);.*\n", re.MULTILINE)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, ops
+from dirmerge.backends import cuda
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch"),

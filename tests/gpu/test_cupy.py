@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dirmerge import arrays, cuda, linalg, nvrtc, ops
+from dirmerge import arrays, linalg, ops
+from dirmerge.backends import cuda, nvrtc
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is visible to torch", allow_module_level=True)

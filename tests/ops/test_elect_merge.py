@@ -60,6 +60,12 @@ def test_views_are_read_by_their_strides(dtype_of_backend: torch.dtype) -> None:
     assert_near(ops.elect_merge(rows.mT), truth(rows.mT))
 
 
+def test_what_is_empty_stays_empty_whatever_its_strides(dtype_of_backend: torch.dtype) -> None:
+    x = torch.empty(5, 0, 3, dtype=dtype_of_backend)
+    for view in (x, x.mT, x.permute(2, 1, 0)):
+        assert ops.elect_merge(view).shape == view.shape[1:]
+
+
 def test_opposite_entries_cancel_to_zero(dtype_of_backend: torch.dtype) -> None:
     x = torch.tensor([[3.0, 1, 0, -0.0], [-3, 2, 0, 0], [0, -3, 0, -0.0]], dtype=dtype_of_backend)
     assert torch.equal(ops.elect_merge(x), torch.zeros(4, dtype=dtype_of_backend))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dirmerge import nvrtc
+from dirmerge.backends import nvrtc
+from dirmerge.backends.launch import by_task, elect_operands, flattened, gram_operands
 
-LIBRARY = Path(__file__).with_name("libdirmerge_cuda.so")
+_PACKAGE = Path(__file__).parents[1]
+
+LIBRARY = _PACKAGE / "libdirmerge_cuda.so"
 """Where the installation puts the library, if it builds it."""
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -144,15 +146,10 @@ def sources() -> Path:
     Raises:
         RuntimeError: they are not installed.
     """
-    for folder in (Path(__file__).with_name("cuda_sources"), Path(__file__).parents[1] / "csrc" / "cuda"):
+    for folder in (_PACKAGE / "cuda_sources", _PACKAGE.parent / "csrc" / "cuda"):
         if (folder / "simt.h").exists():
             return folder
     raise RuntimeError("the CUDA sources are not installed: reinstall dirmerge")
-
-
-def _batched(x: torch.Tensor) -> torch.Tensor:
-    """Flattens (..., m, n) to (batch, m, n); a copy only where no one stride describes the batch."""
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _workspace(device: torch.device, op: str, *sizes: int) -> torch.Tensor:
@@ -163,16 +160,14 @@ def _workspace(device: torch.device, op: str, *sizes: int) -> torch.Tensor:
 def etf_project(core: torch.Tensor) -> torch.Tensor:
     """Launches K/(K − 1) · (Z − 1 1ᵀ Z / K); the core is read by its strides."""
     result = torch.empty_like(core, memory_format=torch.contiguous_format)
-    z = _batched(core)
+    z = flattened(core)
     library().call("etf_project", core.device, z, result, core.dtype, *z.shape, *z.stride())
     return result
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
     """Launches xᵀx, float32, for 16-bit and float32 x, which is read by its strides."""
-    n = x.shape[-1]
-    result = x.new_empty((*x.shape[:-2], n, n), dtype=torch.float32)
-    batched = _batched(x)
+    batched, result = gram_operands(x)
     library().call("gram", x.device, batched, result, x.dtype, *batched.shape, *batched.stride())
     return result
 
@@ -183,8 +178,7 @@ def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
     result = x.new_empty(T)
     if T == 0:
         return result
-    if not x[0].is_contiguous():
-        x = x.contiguous()
+    x = by_task(x)
     workspace = _workspace(x.device, "kth_largest_magnitude", T)
     library().call(
         "kth_largest_magnitude", x.device, x, k, result, workspace, x.dtype, T, x[0].numel(), x.stride(0)
@@ -198,26 +192,7 @@ def elect_merge(
     weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Launches the merge; x is copied first unless its x[t] are contiguous."""
-    result = x.new_empty(x.shape[1:])
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not x[0].is_contiguous():
-        x = x.contiguous()
-    library().call(
-        "elect_merge",
-        x.device,
-        x,
-        None if thresholds is None else thresholds.to(compute).contiguous(),
-        None if weights is None else _on_device(weights, compute, x.device),
-        result,
-        x.dtype,
-        x.shape[0],
-        result.numel(),
-        x.stride(0),
-    )
+    x, limits, factors, result = elect_operands(x, thresholds, weights)
+    sizes = (x.shape[0], result.numel(), x.stride(0))
+    library().call("elect_merge", x.device, x, limits, factors, result, x.dtype, *sizes)
     return result
-
-
-def _on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copies a short list to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

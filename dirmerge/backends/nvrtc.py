@@ -1,7 +1,7 @@
 """The CUDA C++ kernels without the compiled library: NVRTC compiles csrc/cuda/<op>.cuh on first use, by CuPy.
 
-`Library` is called like dirmerge.cuda.Library, and does what the launchers csrc/cuda/<op>.cu do: it chooses
-the instantiation and the grid. CuPy keeps what was compiled on disk.
+`Library` is called like dirmerge.backends.cuda.Library, and does what the launchers csrc/cuda/<op>.cu do: it
+chooses the instantiation and the grid. CuPy keeps what was compiled on disk.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ LAUNCHES: dict[str, Callable[..., Iterator[Launch]]] = {
     "gram": _gram,
     "kth_largest_magnitude": _kth_largest_magnitude,
 }
-"""What each launcher csrc/cuda/<op>.cu launches, from the arguments that dirmerge.cuda passes."""
+"""What each launcher csrc/cuda/<op>.cu launches, from the arguments that dirmerge.backends.cuda passes."""
 
 
 WORKSPACES: dict[str, Callable[..., int]] = {
@@ -220,7 +220,7 @@ class Library:
         return WORKSPACES[function](*arguments)
 
     def call(self, op: str, device: torch.device, *arguments: object) -> None:
-        """Launches op on the device and its current stream; see dirmerge.cuda.Library.call.
+        """Launches op on the device and its current stream; see dirmerge.backends.cuda.Library.call.
 
         Raises:
             RuntimeError: NVRTC or the launch failed; names the op and the reason.
