@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 
 from benchmarks import competitors
@@ -12,35 +11,27 @@ from dirmerge import ops
 OP, CUPY = "elect_merge", True
 
 
-@pytest.mark.parametrize("is_masked", [False, True], ids=["all", "blocks"])
-def test_elect_merge(
-    measure: Callable[..., None], core: Core, is_masked: bool, dtype: torch.dtype, backend: str
-) -> None:
+def test_elect_merge(measure: Callable[..., None], core: Core, dtype: torch.dtype, backend: str) -> None:
     K = core.K
     x = torch.randn(TASKS, K, K).to(dtype)
     thresholds = torch.full((TASKS,), 1.0, dtype=dtype)
-    blocks = [K // TASKS] * TASKS if is_masked else None
-    mask = torch.block_diag(*(torch.ones(r, r) for r in blocks)) if blocks else None
 
     def check(result: torch.Tensor) -> None:
         kept = torch.where(x.abs() < 1, torch.zeros((), dtype=dtype), x)
         total = kept.double().sum(0)
         chosen = kept * (kept.sign() == total.sign())
         truth = chosen.double().sum(0) / (chosen != 0).sum(0).clamp(min=1)
-        if mask is not None:
-            truth *= mask
         # Where the sides all but cancel, float32 may elect the other one.
         is_clear = total.abs() > 1e-5
         rtol = max(1e-5, torch.finfo(dtype).eps)
         torch.testing.assert_close(result.double()[is_clear], truth[is_clear], rtol=rtol, atol=0)
 
-    entries = sum(r * r for r in blocks) if blocks else K * K
     measure(
-        f"{TASKS} × {core}, {'blocks' if is_masked else 'all'}",
+        f"{TASKS} × {core}",
         backend,
         dtype,
-        lambda: ops.elect_merge(x, thresholds, blocks=blocks),
+        lambda: ops.elect_merge(x, thresholds),
         check,
-        dtype.itemsize * (TASKS * entries + K * K),
-        cupy=(competitors.elect_merge, [x, thresholds, mask]),
+        dtype.itemsize * (TASKS + 1) * K * K,
+        cupy=(competitors.elect_merge, [x, thresholds]),
     )

@@ -25,20 +25,15 @@ def delta_sketch(xp: Any, base: Array, finetuned: Sequence[Array], test: Array, 
     return xp.stack([(d.T if transposed else d) @ test for d in differences])
 
 
-def elect_merge(xp: Any, x: Array, thresholds: Array, mask: Array | None) -> Array:
+def elect_merge(xp: Any, x: Array, thresholds: Array) -> Array:
     kept = xp.where(xp.abs(x) < thresholds[:, None, None], xp.zeros((), x.dtype), x)
     chosen = kept * (xp.sign(kept) == xp.sign(kept.sum(0)))
-    mean = chosen.sum(0) / xp.maximum((chosen != 0).sum(0), 1)
-    return mean if mask is None else mean * mask
+    return chosen.sum(0) / xp.maximum((chosen != 0).sum(0), 1)
 
 
 def etf_project(xp: Any, core: Array) -> Array:
     K = core.shape[-2]
     return K / (K - 1) * (core - core.mean(-2, keepdims=True))
-
-
-def etf_project_add(xp: Any, base: Array, update: Array, q: Array, K: int, scale: float) -> Array:
-    return (base + scale * K / (K - 1) * (update - xp.outer(q, q @ update) / K)).astype(base.dtype)
 
 
 def gram(xp: Any, x: Array) -> Array:

@@ -77,7 +77,6 @@ class Form:
         name: what tells this form from the op's others.
         inputs: makes the arguments for matrices of about a given size.
         matrix: per kernel with matrix products, whether its operands have 16 bits.
-        ieee: whether IEEE products were asked for, which no matrix unit of NVIDIA's has.
         odd: whether rows are not aligned, so that elements are addressed one by one.
     """
 
@@ -85,7 +84,6 @@ class Form:
     name: str
     inputs: Callable[[int], Arguments]
     matrix: dict[str, bool] = field(default_factory=dict)
-    ieee: bool = False
     odd: bool = False
 
     def arguments(self, size: int) -> Arguments:
@@ -121,19 +119,13 @@ def _gram(size: int, *, dtype: torch.dtype) -> Arguments:
     return (normal(2, size, size, dtype=dtype),), {}
 
 
-def _elect(size: int, *, dtype: torch.dtype, blocks: int = 0) -> Arguments:
+def _elect(size: int, *, dtype: torch.dtype) -> Arguments:
     x = normal(4, size, size, dtype=dtype)
-    sizes = [size // blocks] * blocks if blocks else None
-    return (x, torch.full((4,), 0.5, dtype=dtype), [1.0, 2.0, 3.0, 4.0], sizes), {}
+    return (x, torch.full((4,), 0.5, dtype=dtype), [1.0, 2.0, 3.0, 4.0]), {}
 
 
 def _etf(size: int, *, dtype: torch.dtype, K: int) -> Arguments:
     return (normal(4, K, size, dtype=dtype),), {}
-
-
-def etf_add_inputs(size: int, *, base: torch.dtype, update: torch.dtype) -> Arguments:
-    q = normal(size) * (9 / size) ** 0.5
-    return (normal(size, size, dtype=base), normal(size, size, dtype=update), q, 9), {"scale": 0.3}
 
 
 def _kth(size: int, *, dtype: torch.dtype) -> Arguments:
@@ -147,12 +139,9 @@ def _rotation(size: int) -> Arguments:
 
 def _products(form: str, dtype: torch.dtype, **options: Any) -> Form:
     """A form of delta_sketch, with the operands its products are to have."""
-    precision, is_given = options.get("precision", "float32"), options.get("given", False)
-    is_narrow = precision == "bfloat16" or (precision == "float32" and not is_given)
-    ieee = precision == "ieee"
-    matrix = {} if ieee else {"delta_sketch_kernel": is_narrow}
+    matrix = {"delta_sketch_kernel": not options.get("given", False)}
     odd = form.endswith("odd rows")
-    return Form("delta_sketch", form, partial(_sketch, dtype=dtype, **options), matrix, ieee, odd)
+    return Form("delta_sketch", form, partial(_sketch, dtype=dtype, **options), matrix, odd)
 
 
 def _two_sizes(
@@ -167,24 +156,11 @@ FORMS = (
         Form("etf_project", f"{NAMES[dtype]}, K = {K}", partial(_etf, dtype=dtype, K=K))
         for dtype, K in ((BF16, 128), (FP16, 128), (FP32, 128), (FP64, 128), (FP32, 512))
     ),
-    Form("etf_project_add", "bfloat16", partial(etf_add_inputs, base=BF16, update=BF16)),
-    Form("etf_project_add", "float16, float32 update", partial(etf_add_inputs, base=FP16, update=FP32)),
-    Form("etf_project_add", "float32", partial(etf_add_inputs, base=FP32, update=FP32)),
-    *_two_sizes(
-        "etf_project_add", "bfloat16, float32 update", partial(etf_add_inputs, base=BF16, update=FP32), {}
-    ),
     *(
         Form("kth_largest_magnitude", NAMES[dtype], partial(_kth, dtype=dtype))
         for dtype in (BF16, FP16, FP32, FP64)
     ),
-    *(
-        Form(
-            "elect_merge",
-            NAMES[dtype] + (", blocks" if blocks else ""),
-            partial(_elect, dtype=dtype, blocks=blocks),
-        )
-        for dtype, blocks in ((BF16, 0), (FP16, 0), (FP32, 0), (FP32, 4), (FP64, 4))
-    ),
+    *(Form("elect_merge", NAMES[dtype], partial(_elect, dtype=dtype)) for dtype in (BF16, FP16, FP32, FP64)),
     *(
         form
         for dtype in (BF16, FP16, FP32)
@@ -215,12 +191,6 @@ FORMS = (
     _products("float32, given", FP32, given=True),
     _products("float32, given, odd rows", FP32, given=True),
     _products("float32, given, transposed", FP32, given=True, transposed=True),
-    _products("bfloat16, random, bfloat16 products", BF16, precision="bfloat16"),
-    _products("bfloat16, given, bfloat16 products", BF16, given=True, precision="bfloat16"),
-    _products("bfloat16, random, IEEE", BF16, precision="ieee"),
-    _products("bfloat16, given, IEEE", BF16, given=True, precision="ieee"),
-    _products("float32, given, IEEE", FP32, given=True, precision="ieee"),
-    _products("float32, given, IEEE, odd rows", FP32, given=True, precision="ieee"),
     *(
         form
         for dtype in (BF16, FP16, FP32)
@@ -375,8 +345,6 @@ def broken_promises(form: Form, target: str, kernels: list[Row]) -> list[str]:
         where = f"{form.op} ({form.name}), {found.kernel} for {target}"
         if found.spilled:
             broken.append(f"{where}: {found.spilled} bytes of stack")
-        if form.ieee and target != "gfx942" and found.instructions:
-            broken.append(f"{where}: {', '.join(found.instructions)} where IEEE products were asked for")
         if found.kernel in form.matrix:
             expected = MATRIX_INSTRUCTIONS[target][0 if form.matrix[found.kernel] else 1]
             if not any(re.match(expected, instruction) for instruction in found.instructions):

@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import triton
 
 import dirmerge.ops  # noqa: F401  registers the ops
 from benchmarks import cuda_kernels
-from benchmarks.kernels import FORMS, NAMES, ROOT, Arguments, Form, etf_add_inputs, normal
-from dirmerge import backends, cuda
+from benchmarks.kernels import FORMS, ROOT, Form
+from dirmerge import backends
+from dirmerge.backends import cuda
 from dirmerge.ops._registration import compute_dtype
 
 # Truth for float64 is torch's own float64, so the error of a float64 form has that of the truth in it.
@@ -44,12 +44,6 @@ def comparable(op: str, result: Any) -> list[torch.Tensor]:
     if op == "rotation_step":
         # The deviation from orthogonality is rounding alone.
         return outputs[:1]
-    if op == "jacobi_svd":
-        u, s, v, _ = outputs
-        return [s, (u * s[..., None, :]) @ v.mT, u.mT @ u, v.mT @ v]
-    if op == "jacobi_eigh":
-        values, w, _ = outputs
-        return [values, (w * values[..., None, :]) @ w.mT, w.mT @ w]
     return outputs
 
 
@@ -85,26 +79,11 @@ def _triton() -> list[dict[str, Any]]:
     return [accuracy(form, launcher(form.op)) for form in FORMS]
 
 
-def _svd_inputs(size: int, *, dtype: torch.dtype) -> Arguments:
-    return (normal(2, size, size // 2, dtype=dtype),), {}
-
-
-def _eigh_inputs(size: int, *, dtype: torch.dtype) -> Arguments:
-    x = normal(2, size, size // 2, dtype=dtype)
-    return (x.mT @ x,), {}
-
-
 def _cuda() -> list[dict[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests" / "cuda"))
     from emulation import CSRC, Emulated, compile_emulated
 
     forms = [form for form in FORMS if form.op in cuda_kernels.OPS]
-    for op, inputs in (("jacobi_svd", _svd_inputs), ("jacobi_eigh", _eigh_inputs)):
-        forms += [
-            Form(op, NAMES[dtype], partial(inputs, dtype=dtype)) for dtype in (torch.float32, torch.float64)
-        ]
-    double = partial(etf_add_inputs, base=torch.float64, update=torch.float64)
-    forms.append(Form("etf_project_add", "float64", double))
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder:
         library = Emulated(compile_emulated(CSRC, sources, Path(folder))).library

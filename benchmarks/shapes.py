@@ -68,23 +68,3 @@ CORES = (
 )
 FAMILIES = ("adapters", *MODELS)
 ADAPTER_RANKS = (16, 128, 512)
-
-
-@dataclass(frozen=True)
-class Small:
-    """A batch of small matrices: the cores of adapters."""
-
-    family: str
-    batch: int
-    m: int
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.batch} × {self.m}×{self.n}"
-
-
-SMALL = (
-    Small("adapters", TASKS, TASKS * ADAPTER_RANK, TASKS * ADAPTER_RANK),
-    Small("adapters", 256, ADAPTER_RANK, ADAPTER_RANK),
-    Small("adapters", 64, 512, ADAPTER_RANK),
-)

@@ -5,10 +5,24 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 REQUIRED = ("torch", "numpy", "pydantic", "PyYAML", "huggingface_hub", "typer", "rich")
 DEMO = ("transformers", "peft", "matplotlib", "safetensors")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an op runs for a device and dtype, and why nothing faster."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    implementation: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -48,14 +62,15 @@ def examine() -> Report:
     """Look at the installation; imports torch."""
     import torch
 
-    from dirmerge import __version__, backends, cuda
+    from dirmerge import __version__
+    from dirmerge.backends import cuda, native_build_info
 
     versions: dict[str, str | None] = {"dirmerge": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*REQUIRED, *DEMO)}
-    native = backends.native_build_info()
+    native = native_build_info()
     rows = [
         (row.op, row.device, str(row.dtype).removeprefix("torch."), row.implementation, row.reason)
-        for row in backends.table()
+        for row in table()
     ]
     advice = []
     if isinstance(native, str):
@@ -71,6 +86,30 @@ def examine() -> Report:
             f"{', '.join(missing)} missing, which only the demo needs: pip install 'dirmerge[demo]'"
         )
     return Report(versions, native, cuda.build_info(), rows, torch.get_num_threads(), advice)
+
+
+def table() -> list[Row]:
+    """Returns what every op runs under "auto", for each device of this machine and each dtype."""
+    import torch
+
+    import dirmerge.ops  # noqa: F401  its modules fill the table
+    from dirmerge.backends.table import FLOATING, find, ops, preference
+
+    rows = []
+    for op in ops():
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            for dtype in FLOATING:
+                reasons: list[str] = []
+                for name in preference(op):
+                    if name == "triton" and device == "cpu":
+                        # No CPU is slower for want of it.
+                        continue
+                    found, reason = find(op, name, device, dtype, "auto")
+                    if found is not None:
+                        rows.append(Row(op, device, dtype, name, "; ".join(reasons)))
+                        break
+                    reasons.append(reason)
+    return rows
 
 
 def _version(name: str) -> str | None:

@@ -305,7 +305,7 @@ LINALG: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("simplex_etf", (4, 12), {"frame": FRAME}),
     ("etf_gap", (A[0],), {}),
     ("numerical_rank", (np.array([3.0, 1.0, 1e-20]), 12), {}),
-    ("elect_merge", (CORES, np.ones(3, np.float32) / 2, [1.0, 2.0, 3.0], [2, 4]), {}),
+    ("elect_merge", (CORES, np.ones(3, np.float32) / 2, [1.0, 2.0, 3.0]), {}),
     ("etf_project", (CORES,), {}),
     ("kth_largest_magnitude", (CORES, 4), {}),
 ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import dirmerge
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, doctor, ops
+from dirmerge.backends import cuda, table
 
 NATIVE_MISSING = isinstance(backends.native_build_info(), str)
 needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is not built")
@@ -19,9 +20,9 @@ needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> str:
     """An op whose implementations return their names: on a CPU the native one takes float32 only."""
-    monkeypatch.setattr(backends, "_implementations", {})
-    monkeypatch.setattr(backends, "_native", object())
-    backends._select.cache_clear()
+    monkeypatch.setattr(table, "_implementations", {})
+    monkeypatch.setattr(table, "_native", object())
+    table._select.cache_clear()
 
     @backends.implements("probe", "torch")
     def _torch() -> str:
@@ -36,7 +37,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> str:
         return "triton"
 
     yield "probe"
-    backends._select.cache_clear()
+    table._select.cache_clear()
 
 
 def chosen(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -54,7 +55,7 @@ def test_auto_takes_the_first_that_can(probe: str) -> None:
 def with_cuda(probe: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same op with a native implementation for CUDA too, whose library is there."""
     monkeypatch.setattr(cuda, "missing", lambda: "")
-    monkeypatch.setattr(backends, "triton_missing", lambda: "")
+    monkeypatch.setattr(table, "triton_missing", lambda: "")
 
     @backends.implements("probe", "native", devices=("cuda",), dtypes=(torch.bfloat16, torch.float32))
     def _cuda() -> str:
@@ -77,7 +78,7 @@ def test_native_is_another_kernel_on_each_device(with_cuda: str) -> None:
 
 
 def test_an_op_may_prefer_another_order(with_cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_PREFERENCE_OF", {"probe": ("triton", "native", "torch")})
+    monkeypatch.setattr(table, "_PREFERENCE_OF", {"probe": ("triton", "native", "torch")})
     assert chosen(with_cuda, device="cuda") == "triton"
     assert chosen(with_cuda) == "native"
     assert backends.preference("gram") == backends.PREFERENCE
@@ -115,9 +116,9 @@ def test_a_forced_backend_that_is_missing_says_why(probe: str, monkeypatch: pyte
             chosen(probe, device="cuda")
         with pytest.raises(RuntimeError, match="other has no native kernel"):
             chosen("other")
-        monkeypatch.setattr(backends, "_native", None)
-        monkeypatch.setattr(backends, "_native_missing", "no compiler")
-        backends._select.cache_clear()
+        monkeypatch.setattr(table, "_native", None)
+        monkeypatch.setattr(table, "_native_missing", "no compiler")
+        table._select.cache_clear()
         with pytest.raises(RuntimeError, match=r'backend\("native"\) was asked for, but no compiler'):
             chosen(probe)
     assert chosen(probe) == "torch"
@@ -141,7 +142,7 @@ def test_the_choice_stays_in_its_thread(probe: str) -> None:
 
 
 def test_the_table_has_every_op_and_dtype_and_the_reason_for_torch() -> None:
-    rows = {(row.op, row.dtype): row for row in backends.table() if row.device == "cpu"}
+    rows = {(row.op, row.dtype): row for row in doctor.table() if row.device == "cpu"}
     public = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
     assert public <= {op for op, _ in rows}
     assert set(rows) == {(op, dtype) for op, _ in rows for dtype in backends.FLOATING}
@@ -155,7 +156,7 @@ def test_the_table_has_every_op_and_dtype_and_the_reason_for_torch() -> None:
 
 
 def test_the_table_says_what_runs() -> None:
-    for row in backends.table():
+    for row in doctor.table():
         if row.device == "cpu":
             function = backends.select(row.op, torch.device("cpu"), row.dtype)
             assert function is backends.implementations(row.op, "cpu")[row.implementation].function
@@ -174,13 +175,13 @@ WITHOUT_NATIVE = """
 import importlib.util, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "dirmerge._C" else find(name, package)
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, doctor, ops
 reason = backends.native_build_info()
 assert isinstance(reason, str) and "C++17 compiler" in reason and "DIRMERGE_NATIVE" in reason, reason
 a, b = torch.randn(2, 20, 30)
 assert torch.equal(ops.delta(a, b).value, a - b)
 assert torch.equal(ops.lowrank_add(a.bfloat16(), a[:, :2], torch.zeros(30, 2)), a.bfloat16())
-assert {row.implementation for row in backends.table()} == {"torch"}
+assert {row.implementation for row in doctor.table()} == {"torch"}
 try:
     with backends.backend("native"):
         ops.delta(a, b)
@@ -219,8 +220,8 @@ class TestNumPy:
     def test_elect_merge(self) -> None:
         x = np.array([[[1.0, 2], [3, 4]], [[-2, 2], [1, 4]]], dtype=np.float32)
         result = np.full((2, 2), np.nan, dtype=np.float32)
-        backends.native().elect_merge(x, None, [1.0, 1.0], [1, 1], result, threads=1)
-        np.testing.assert_array_equal(result, [[-2, 0], [0, 4]])
+        backends.native().elect_merge(x, None, [1.0, 1.0], result, threads=1)
+        np.testing.assert_array_equal(result, [[-2, 2], [2, 4]])
 
     def test_lowrank_add(self) -> None:
         base = np.random.randn(6, 9).astype(np.float16)
@@ -246,9 +247,8 @@ class TestNumPy:
             C.delta(x, x, out, threads=1)
         with pytest.raises(ValueError, match="k must be from 1 to the size"):
             C.kth_largest_magnitude(x, 7, np.zeros(4, dtype=np.float32), threads=1)
-        square = np.zeros((1, 4, 4), dtype=np.float32)
-        with pytest.raises(ValueError, match="blocks must be sizes that sum to K"):
-            C.elect_merge(square, None, None, [2**62, 2**62], np.zeros((4, 4), dtype=np.float32), threads=1)
+        with pytest.raises(ValueError, match=r"elect_merge: x must have shape .* each x\[t\] contiguous"):
+            C.elect_merge(x[None, :, ::2], None, None, np.zeros((4, 3), dtype=np.float32), threads=1)
         with pytest.raises(TypeError):
             C.delta(x.astype(np.int32), x, out, threads=1)
         with pytest.raises(ValueError, match="lowrank_add: base must be bfloat16 or float16"):

@@ -33,24 +33,15 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
             (matrices(7, 5).T.bfloat16(), [matrices(5, 7)] * 2, matrices(2, 5, 3)),
             {"width": 3, "transposed": True},
         ),
-        ((matrices(0, 3), []), {"width": 3, "precision": "bfloat16"}),
+        ((matrices(0, 3), []), {"width": 3}),
     ],
     "elect_merge": [
         ((matrices(3, 6, 6),), {}),
-        ((matrices(3, 6, 6), torch.ones(3) / 2, [1.0, 2.0, 0.5], [2, 1, 3]), {}),
-        ((matrices(6, 6, 3).permute(2, 0, 1).double(), None, None, [6]), {}),
+        ((matrices(3, 6, 6), torch.ones(3) / 2, [1.0, 2.0, 0.5]), {}),
+        ((matrices(6, 6, 3).permute(2, 0, 1).double(),), {}),
     ],
     "etf_project": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
-    "etf_project_add": [
-        ((matrices(5, 7), matrices(5, 7), matrices(5), 3), {}),
-        (
-            (matrices(7, 5).T.bfloat16(), matrices(5, 7), matrices(5, 2)[:, 0].double(), 2),
-            {"scale": 0.5, "out_dtype": torch.float32},
-        ),
-    ],
     "gram": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
-    "jacobi_eigh": [((matrices(5, 5),), {}), ((matrices(2, 7, 7).mT.half(),), {})],
-    "jacobi_svd": [((matrices(5, 7),), {}), ((matrices(2, 7, 5).mT.half(),), {})],
     "kth_largest_magnitude": [((matrices(3, 6, 5), 4), {}), ((matrices(6, 3).T.double(), 1), {})],
     "lowrank_add": [
         ((matrices(5, 7), matrices(5, 2), matrices(7, 2)), {}),
@@ -141,7 +132,7 @@ def test_a_fake_refuses_what_the_public_function_refuses(name: str) -> None:
 def test_compiles_into_one_graph() -> None:
     def merge(x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         thresholds = ops.kth_largest_magnitude(x, 20)
-        merged = ops.elect_merge(x, thresholds, [1.0, 2.0, 3.0], [4, 8])
+        merged = ops.elect_merge(x, thresholds, [1.0, 2.0, 3.0])
         return ops.lowrank_add(base, ops.etf_project(merged), ops.delta(base, merged).value, scale=0.5)
 
     x = matrices(3, 12, 12)

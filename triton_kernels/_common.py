@@ -1,8 +1,8 @@
-"""What the kernels share: rounding and operands that are right in the interpreter too, and host helpers."""
+"""What the kernels share: rounding and operands that are right in the interpreter too, and their launch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -46,17 +46,18 @@ def divided(x, y):
     return result
 
 
-def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copies a short list to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Launches a one-dimensional grid of a kernel on the device of its first argument.
 
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype an op computes in: float64 if any input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    Args:
+        kernel: the kernel.
+        programs: of the grid; without any, as for results without entries, nothing is launched.
+        arguments: of the kernel, the first a tensor.
+        options: constants of the kernel, and num_warps and num_stages.
+    """
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **options)
 
 
 def float32_products() -> str:

@@ -12,22 +12,20 @@ from dirmerge.triton_kernels._common import (
     INTERPRETED,
     aligned,
     float32_products,
-    on_device,
+    launch,
     operand,
-    rounded,
 )
 
+from dirmerge.backends.launch import addresses
+
 TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_S": 128, "num_warps": 8, "num_stages": 3}
-# For IEEE products, which no matrix unit but AMD's has. BLOCK_M below 64 matters: with a larger
-# one Triton 3.7 compiles differences of bfloat16 weights to TF32 instructions on sm_100, precision or not.
-EXACT = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_S": 64, "num_warps": 4, "num_stages": 3}
 # For rows that are not aligned, whose elements are addressed one by one.
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_S": 64, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
-def random_signs(seed, rows, first_column, dtype: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Ω[rows, first_column + (0 … BLOCK_S − 1)], ±1, as dirmerge.ops.delta_sketch.random_signs defines it."""
+def random_signs(seed, rows, first_column, BLOCK_S: tl.constexpr):
+    """Ω[rows, first_column + (0 … BLOCK_S − 1)], ±1 in bfloat16: random_signs of dirmerge.ops."""
     counter = rows.to(tl.uint32)
     zero = counter * 0
     group = zero + (first_column // 128).to(tl.uint32)
@@ -37,11 +35,7 @@ def random_signs(seed, rows, first_column, dtype: tl.constexpr, BLOCK_S: tl.cons
     low = tl.where(word == 0, word_0[:, None], word_1[:, None])
     high = tl.where(word == 2, word_2[:, None], word_3[:, None])
     bit = (tl.where(word < 2, low, high) >> (column % 32).to(tl.uint32)) & 1
-    if dtype == tl.bfloat16:
-        signs = ((bit << 15) | 0x3F80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        signs = ((bit << 31) | 0x3F800000).to(tl.float32, bitcast=True)
-    return signs
+    return ((bit << 15) | 0x3F80).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -73,7 +67,6 @@ def delta_sketch_kernel(
     FINETUNED: tl.constexpr,
     ALIGNED: tl.constexpr,
     RANDOM: tl.constexpr,
-    BFLOAT16: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,28 +104,19 @@ def delta_sketch_kernel(
             energy += tl.sum(delta.to(tl.float64) * delta.to(tl.float64), 1)
             nonfinite += tl.sum((delta - delta != 0.0).to(tl.int32), 1)
         if RANDOM:
-            signs_dtype: tl.constexpr = tl.bfloat16 if BFLOAT16 or PRECISION != "exact" else tl.float32
-            right = random_signs(seed, start + steps, column_block * BLOCK_S, signs_dtype, BLOCK_S)
-        else:
-            right = tl.load(test, mask=inside[:, None] & columns_inside, other=0.0)
-        if BFLOAT16:
-            left = operand(rounded(delta, tl.bfloat16, INTERPRETED), INTERPRETED)
-            if not RANDOM:
-                right = rounded(right.to(tl.float32), tl.bfloat16, INTERPRETED)
-            value = tl.dot(left, operand(right, INTERPRETED), value)
-        elif RANDOM and PRECISION != "exact":
             # The signs are exact in bfloat16 and so are the three pieces of a float32: the cheapest form of
             # its full product.
             first = leading_bfloat16(delta)
             second = leading_bfloat16(delta - first)
             third = delta - first - second
-            signs = operand(right, INTERPRETED)
+            signs = random_signs(seed, start + steps, column_block * BLOCK_S, BLOCK_S)
+            signs = operand(signs, INTERPRETED)
             value = tl.dot(operand(third.to(tl.bfloat16), INTERPRETED), signs, value)
             value = tl.dot(operand(second.to(tl.bfloat16), INTERPRETED), signs, value)
             value = tl.dot(operand(first.to(tl.bfloat16), INTERPRETED), signs, value)
         else:
-            dot: tl.constexpr = "ieee" if PRECISION == "exact" else PRECISION
-            value = tl.dot(delta, right.to(tl.float32), value, input_precision=dot)
+            right = tl.load(test, mask=inside[:, None] & columns_inside, other=0.0).to(tl.float32)
+            value = tl.dot(delta, right, value, input_precision=PRECISION)
         finetuned += BLOCK_N * stride_n
         base += BLOCK_N * stride_base_n
         if not RANDOM:
@@ -152,7 +136,6 @@ def delta_sketch(
     width: int,
     seed: int = 0,
     transposed: bool = False,
-    precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the sketch; any strides, but fine-tuned weights whose strides differ are copied first."""
     T = len(finetuned)
@@ -169,35 +152,32 @@ def delta_sketch(
         test_strides = (0 if test.dim() == 2 else test.stride(0), *test.stride()[-2:])
     all_aligned = aligned(base, *finetuned)
     tiles = TILES if all_aligned else SMALL
-    if precision == "ieee":
-        tiles = EXACT
     row_blocks = triton.cdiv(m, tiles["BLOCK_M"])
     energy = base.new_zeros((T, row_blocks), dtype=torch.float64)
     nonfinite = base.new_zeros((T, row_blocks), dtype=torch.int32)
-    if value.numel():
-        addresses = on_device([weight.data_ptr() for weight in finetuned], torch.int64, base.device)
-        with torch.cuda.device_of(base):
-            delta_sketch_kernel[(row_blocks * T * triton.cdiv(width, tiles["BLOCK_S"]),)](
-                addresses,
-                base,
-                test,
-                value,
-                energy,
-                nonfinite,
-                T,
-                m,
-                n,
-                width,
-                seed,
-                *finetuned[0].stride(),
-                *base.stride(),
-                *test_strides,
-                FINETUNED=DTYPES[finetuned[0].dtype],
-                ALIGNED=all_aligned,
-                RANDOM=test is None,
-                BFLOAT16=precision == "bfloat16",
-                PRECISION="exact" if precision == "ieee" else float32_products(),
-                INTERPRETED=INTERPRETED,
-                **tiles,
-            )
+    if T:
+        launch(
+            delta_sketch_kernel,
+            row_blocks * T * triton.cdiv(width, tiles["BLOCK_S"]),
+            addresses(finetuned),
+            base,
+            test,
+            value,
+            energy,
+            nonfinite,
+            T,
+            m,
+            n,
+            width,
+            seed,
+            *finetuned[0].stride(),
+            *base.stride(),
+            *test_strides,
+            FINETUNED=DTYPES[finetuned[0].dtype],
+            ALIGNED=all_aligned,
+            RANDOM=test is None,
+            PRECISION=float32_products(),
+            INTERPRETED=INTERPRETED,
+            **tiles,
+        )
     return value, energy.sum(1), nonfinite.sum(1)

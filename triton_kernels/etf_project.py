@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, compute_dtype, divided, rounded
+from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, divided, launch, rounded
+
+from dirmerge.backends.launch import compute_dtype, flattened
 
 BLOCK_N = 64
 # Rows that one program holds in registers: 128 x 64 values over 128 threads are 64 each.
@@ -65,22 +67,20 @@ def etf_project(core: torch.Tensor) -> torch.Tensor:
     """Launches K/(K − 1) · (Z − 1 1ᵀ Z / K); core that is not contiguous is copied first."""
     core = core.contiguous()
     result = torch.empty_like(core)
-    if core.numel() == 0:
-        return result
-    K, n = core.shape[-2:]
+    batch, K, n = flattened(core).shape
     whole = K <= WHOLE_K
-    grid = (core.numel() // (K * n) * triton.cdiv(n, BLOCK_N),)
-    with torch.cuda.device_of(core):
-        etf_project_kernel[grid](
-            core,
-            result,
-            K,
-            n,
-            COMPUTE=DTYPES[compute_dtype(core)],
-            WHOLE=whole,
-            BLOCK_K=triton.next_power_of_2(K) if whole else 64,
-            BLOCK_N=BLOCK_N,
-            INTERPRETED=INTERPRETED,
-            num_warps=4,
-        )
+    launch(
+        etf_project_kernel,
+        batch * triton.cdiv(n, BLOCK_N),
+        core,
+        result,
+        K,
+        n,
+        COMPUTE=DTYPES[compute_dtype(core)],
+        WHOLE=whole,
+        BLOCK_K=triton.next_power_of_2(K) if whole else 64,
+        BLOCK_N=BLOCK_N,
+        INTERPRETED=INTERPRETED,
+        num_warps=4,
+    )
     return result

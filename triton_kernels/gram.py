@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import INTERPRETED, aligned, float32_products, operand
+from dirmerge.triton_kernels._common import INTERPRETED, aligned, float32_products, launch, operand
+
+from dirmerge.backends.launch import gram_operands
 
 LARGE = {"BLOCK_N": 128, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3}
 # For float32, whose three TF32 products need twice the registers, and for rows that are not aligned, whose
@@ -95,24 +95,22 @@ def gram_kernel(
 
 def gram(x: torch.Tensor) -> torch.Tensor:
     """Launches XᵀX; leading dimensions that cannot be flattened into one stride are copied first."""
-    m, n = x.shape[-2:]
-    result = x.new_empty((*x.shape[:-2], n, n), dtype=torch.float32)
-    if result.numel() == 0:
-        return result
-    batched = x.reshape(math.prod(x.shape[:-2]), m, n)
+    batched, result = gram_operands(x)
+    batch, m, n = batched.shape
     options = tiles(batched)
     blocks = triton.cdiv(n, options["BLOCK_N"])
     count = blocks * (blocks + 1) // 2
-    with torch.cuda.device_of(x):
-        gram_kernel[(batched.shape[0] * count,)](
-            batched,
-            result,
-            m,
-            n,
-            count,
-            *batched.stride(),
-            PRECISION=float32_products(),
-            INTERPRETED=INTERPRETED,
-            **options,
-        )
+    launch(
+        gram_kernel,
+        batch * count,
+        batched,
+        result,
+        m,
+        n,
+        count,
+        *batched.stride(),
+        PRECISION=float32_products(),
+        INTERPRETED=INTERPRETED,
+        **options,
+    )
     return result

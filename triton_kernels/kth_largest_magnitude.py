@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import INTERPRETED
+from dirmerge.triton_kernels._common import INTERPRETED, launch
+
+from dirmerge.backends.launch import by_task
 
 # Without its sign bit a float orders as an integer does, NaN above infinity. Digits from the top.
 DIGITS = {2: (8, 7), 4: (11, 10, 10), 8: (11, 11, 11, 10, 10, 10)}
@@ -69,8 +71,7 @@ def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
     result = x.new_empty(T)
     if T == 0:
         return result
-    if not x[0].is_contiguous():
-        x = x.contiguous()
+    x = by_task(x)
     width = x.element_size()
     bits = x.view(INTEGERS[width])
     size = x[0].numel()
@@ -78,30 +79,33 @@ def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
     remaining = torch.full((T,), k, dtype=torch.int64, device=x.device)
     programs = min(triton.cdiv(size, BLOCK), max(1, PROGRAMS // T), 2 if INTERPRETED else PROGRAMS)
     shift = 8 * width - 1
-    with torch.cuda.device_of(x):
-        for digit_bits in DIGITS[width]:
-            shift -= digit_bits
-            counts = torch.zeros((T, 1 << digit_bits), dtype=torch.int64, device=x.device)
-            histogram_kernel[(T * programs,)](
-                bits,
-                prefix,
-                counts,
-                size,
-                x.stride(0),
-                programs,
-                MAGNITUDE=(1 << (8 * width - 1)) - 1,
-                SHIFT=shift,
-                BITS=digit_bits,
-                BLOCK=BLOCK,
-                num_warps=8,
-            )
-            select_kernel[(T,)](
-                counts,
-                prefix,
-                remaining,
-                result.view(INTEGERS[width]),
-                BITS=digit_bits,
-                LAST=shift == 0,
-                num_warps=4,
-            )
+    for digit_bits in DIGITS[width]:
+        shift -= digit_bits
+        counts = torch.zeros((T, 1 << digit_bits), dtype=torch.int64, device=x.device)
+        launch(
+            histogram_kernel,
+            T * programs,
+            bits,
+            prefix,
+            counts,
+            size,
+            x.stride(0),
+            programs,
+            MAGNITUDE=(1 << (8 * width - 1)) - 1,
+            SHIFT=shift,
+            BITS=digit_bits,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+        launch(
+            select_kernel,
+            T,
+            counts,
+            prefix,
+            remaining,
+            result.view(INTEGERS[width]),
+            BITS=digit_bits,
+            LAST=shift == 0,
+            num_warps=4,
+        )
     return result

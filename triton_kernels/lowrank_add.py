@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, aligned, float32_products, operand, rounded
+from dirmerge.triton_kernels._common import (
+    DTYPES,
+    INTERPRETED,
+    aligned,
+    float32_products,
+    launch,
+    operand,
+    rounded,
+)
 
 LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 # For float32 factors, whose three TF32 products need twice the registers.
@@ -70,29 +78,28 @@ def lowrank_add(
     """Launches the update; any strides. Factors of two dtypes, or float64, become float32 first."""
     m, n = base.shape
     result = base.new_empty((m, n), dtype=out_dtype or base.dtype)
-    if result.numel() == 0:
-        return result
     if left.dtype != right.dtype or left.dtype == torch.float64:
         left, right = left.float(), right.float()
     tiles = LARGE if left.element_size() == 2 else MEDIUM
     if not aligned(base, left, right):
         tiles = SMALL
-    with torch.cuda.device_of(base):
-        lowrank_add_kernel[(triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)](
-            base,
-            left,
-            right,
-            result,
-            m,
-            n,
-            left.shape[1],
-            *base.stride(),
-            *left.stride(),
-            *right.stride(),
-            scale,
-            OUT=DTYPES[result.dtype],
-            PRECISION=float32_products(),
-            INTERPRETED=INTERPRETED,
-            **tiles,
-        )
+    launch(
+        lowrank_add_kernel,
+        triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),
+        base,
+        left,
+        right,
+        result,
+        m,
+        n,
+        left.shape[1],
+        *base.stride(),
+        *left.stride(),
+        *right.stride(),
+        scale,
+        OUT=DTYPES[result.dtype],
+        PRECISION=float32_products(),
+        INTERPRETED=INTERPRETED,
+        **tiles,
+    )
     return result

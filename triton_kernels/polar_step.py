@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
-from dirmerge.triton_kernels._common import DTYPES, INTERPRETED, aligned, float32_products, operand, rounded
+from dirmerge.triton_kernels._common import (
+    DTYPES,
+    INTERPRETED,
+    aligned,
+    float32_products,
+    launch,
+    operand,
+    rounded,
+)
 from dirmerge.triton_kernels.gram import gram, gram_tile, upper_tile
+
+from dirmerge.backends.launch import flattened
 
 POLYNOMIAL = {"BLOCK_N": 64, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3}
 LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
@@ -117,48 +125,47 @@ def polar_step(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
     if x.dtype == torch.float16:
         # The polynomial's entries can exceed what float16 holds.
         return polar_step(x.float(), a, b, c).half()
-    m, k = x.shape[-2:]
     result = x.new_empty(x.shape)
-    if result.numel() == 0:
-        return result
-    batched = x.reshape(math.prod(x.shape[:-2]), m, k)
-    batch = batched.shape[0]
+    batched = flattened(x)
+    batch, m, k = batched.shape
     split = x.dtype == torch.bfloat16
     planes = x.new_empty((2 if split else 1, batch, k, k))
     blocks = triton.cdiv(k, POLYNOMIAL["BLOCK_N"])
     count = blocks * (blocks + 1) // 2
     tiles = LARGE if split else MEDIUM
-    if not aligned(batched, planes[0, 0]):
+    if not aligned(batched, planes):
         tiles = SMALL
-    grid = (batch * triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(k, tiles["BLOCK_N"]),)
     precision = float32_products()
-    with torch.cuda.device_of(x):
-        polynomial_kernel[(batch * count,)](
-            gram(batched),
-            planes,
-            k,
-            count,
-            batch * k * k,
-            a,
-            b,
-            c,
-            SPLIT=split,
-            PRECISION=precision,
-            INTERPRETED=INTERPRETED,
-            **POLYNOMIAL,
-        )
-        apply_kernel[grid](
-            batched,
-            planes,
-            result,
-            m,
-            k,
-            batch * k * k,
-            *batched.stride(),
-            SPLIT=split,
-            OUT=DTYPES[x.dtype],
-            PRECISION=precision,
-            INTERPRETED=INTERPRETED,
-            **tiles,
-        )
+    launch(
+        polynomial_kernel,
+        batch * count,
+        gram(batched),
+        planes,
+        k,
+        count,
+        batch * k * k,
+        a,
+        b,
+        c,
+        SPLIT=split,
+        PRECISION=precision,
+        INTERPRETED=INTERPRETED,
+        **POLYNOMIAL,
+    )
+    launch(
+        apply_kernel,
+        batch * triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(k, tiles["BLOCK_N"]),
+        batched,
+        planes,
+        result,
+        m,
+        k,
+        batch * k * k,
+        *batched.stride(),
+        SPLIT=split,
+        OUT=DTYPES[x.dtype],
+        PRECISION=precision,
+        INTERPRETED=INTERPRETED,
+        **tiles,
+    )
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dirmerge.triton_kernels._common import launch
 from dirmerge.triton_kernels.gram import gram
 from dirmerge.triton_kernels.polar_step import polar_step
 
@@ -43,10 +44,8 @@ def rotation_step(
     )
     scale = (1 + (rate * bound).square()).rsqrt().contiguous()
     factor = torch.empty_like(product)
-    if product.numel():
-        grid = (product.numel() // (d * d) * triton.cdiv(d, BLOCK) ** 2,)
-        with torch.cuda.device_of(rotation):
-            skew_step_kernel[grid](product, scale, factor, d, 0.5 * rate, BLOCK=BLOCK, num_warps=4)
+    programs = scale.numel() * triton.cdiv(d, BLOCK) ** 2
+    launch(skew_step_kernel, programs, product, scale, factor, d, 0.5 * rate, BLOCK=BLOCK, num_warps=4)
     stepped = torch.matmul(rotation, factor)
     for _ in range(steps):
         stepped = polar_step(stepped, 15 / 8, -10 / 8, 3 / 8)

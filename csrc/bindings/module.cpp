@@ -102,10 +102,10 @@ void kth_largest_magnitude(const View& x, std::int64_t k, const View& result, in
 }
 
 void elect_merge(const View& x, const std::optional<View>& thresholds,
-                 const std::optional<std::vector<double>>& weights,
-                 const std::optional<std::vector<std::int64_t>>& blocks, const View& result, int threads) {
+                 const std::optional<std::vector<double>>& weights, const View& result, int threads) {
     const Checks checks("elect_merge");
-    checks.require(x.dims() >= 2 && x.shape[0] >= 1, "x must have shape (T, ...) with T >= 1");
+    checks.require(x.dims() >= 2 && x.shape[0] >= 1 && x.is_contiguous(1),
+                   "x must have shape (T, ...) with T >= 1, each x[t] contiguous");
     const std::int64_t tasks = x.shape[0];
     checks.output(result, {x.shape.begin() + 1, x.shape.end()}, x.dtype);
     if (thresholds) {
@@ -122,24 +122,9 @@ void elect_merge(const View& x, const std::optional<View>& thresholds,
         weights_data =
             x.dtype == DType::float64 ? static_cast<const void*>(weights->data()) : single_weights.data();
     }
-    Matrix first{x.data, x.dtype, 1, x.count() / tasks, 0};
-    if (blocks) {
-        checks.require(x.dims() == 3 && x.shape[1] == x.shape[2] && (x.shape[2] <= 1 || x.strides[2] == 1),
-                       "x must have shape (T, K, K), rows contiguous, with blocks");
-        first = {x.data, x.dtype, x.shape[1], x.shape[2], x.strides[1]};
-        std::int64_t total = 0;
-        for (const std::int64_t size : *blocks) {
-            checks.require(size >= 0 && size <= first.rows - total, "blocks must be sizes that sum to K");
-            total += size;
-        }
-        checks.require(total == first.rows, "blocks must be sizes that sum to K");
-    } else {
-        checks.require(x.is_contiguous(1), "each x[t] must be contiguous");
-    }
     const py::gil_scoped_release release;
-    kernels().elect_merge(first, tasks, x.strides[0], thresholds ? thresholds->data : nullptr, weights_data,
-                          blocks ? blocks->data() : nullptr,
-                          blocks ? static_cast<std::int64_t>(blocks->size()) : 0, result.data, threads);
+    kernels().elect_merge(elements(x), tasks, x.count() / tasks, x.strides[0],
+                          thresholds ? thresholds->data : nullptr, weights_data, result.data, threads);
 }
 
 void lowrank_add(const View& base, const View& update, double scale, const View& result, int threads) {
@@ -185,7 +170,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("kth_largest_magnitude", &kth_largest_magnitude, py::arg("x"), py::arg("k"), py::arg("result"),
                py::arg("threads"), "result[t] = k-th largest |x[t]|.");
     module.def("elect_merge", &elect_merge, py::arg("x"), py::arg("thresholds"), py::arg("weights"),
-               py::arg("blocks"), py::arg("result"), py::arg("threads"),
+               py::arg("result"), py::arg("threads"),
                "Sign election with a disjoint mean; see dirmerge.ops.elect_merge.");
     module.def("lowrank_add", &lowrank_add, py::arg("base"), py::arg("update"), py::arg("scale"),
                py::arg("result"), py::arg("threads"),

@@ -23,8 +23,9 @@ struct View {
         return product;
     }
 
-    // Whether the dimensions from `first` on lie in memory without gaps, in order.
+    // Whether the dimensions from `first` on lie in memory without gaps, in order; without entries they do.
     bool is_contiguous(std::size_t first = 0) const {
+        if (count() == 0) return true;
         std::int64_t expected = 1;
         for (std::size_t d = dims(); d-- > first;) {
             if (shape[d] != 1 && strides[d] != expected) return false;

@@ -38,12 +38,10 @@ struct Kernels {
     void (*kth_largest_magnitude)(Elements x, std::int64_t tasks, std::int64_t count,
                                   std::int64_t task_stride, std::int64_t k, void* result, int threads);
 
-    // The matrices of the tasks lie task_stride elements apart, `x` describes the first. thresholds and
-    // weights may be null; both have the compute type of x. blocks: sizes of `block_count` diagonal blocks;
-    // null: one block, all.
-    void (*elect_merge)(Matrix x, std::int64_t tasks, std::int64_t task_stride, const void* thresholds,
-                        const void* weights, const std::int64_t* blocks, std::int64_t block_count,
-                        void* result, int threads);
+    // `tasks` rows of `count` elements, task_stride elements apart. thresholds and weights may be null; both
+    // have the compute type of x.
+    void (*elect_merge)(Elements x, std::int64_t tasks, std::int64_t count, std::int64_t task_stride,
+                        const void* thresholds, const void* weights, void* result, int threads);
 
     // result = round(base + scale · update), all of one shape; base is bfloat16 or float16, update is float.
     void (*lowrank_add)(Matrix base, Matrix update, float scale, Matrix result, int threads);

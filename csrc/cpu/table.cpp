@@ -8,8 +8,7 @@ namespace dirmerge::DIRMERGE_ISA {
 
 void delta(Elements, Elements, void*, std::int64_t, double*, std::int64_t*, int);
 void kth_largest_magnitude(Elements, std::int64_t, std::int64_t, std::int64_t, std::int64_t, void*, int);
-void elect_merge(Matrix, std::int64_t, std::int64_t, const void*, const void*, const std::int64_t*,
-                 std::int64_t, void*, int);
+void elect_merge(Elements, std::int64_t, std::int64_t, std::int64_t, const void*, const void*, void*, int);
 void lowrank_add(Matrix, Matrix, float, Matrix, int);
 
 extern const Kernels kernels;

@@ -20,80 +20,53 @@ template <typename T>
 constexpr int WIDE = WIDEST<T> < 4 ? WIDEST<T> : 4;
 }  // namespace elect_merge
 
-// The last of the ascending starts that is <= row: the diagonal block that holds it. Blocks may be empty.
-__device__ __forceinline__ int64 block_of(int64 row, const int64* starts, int64 block_count) {
-    int64 low = 0;
-    int64 high = block_count;
-    while (high - low > 1) {
-        const int64 middle = (low + high) / 2;
-        (starts[middle] <= row ? low : high) = middle;
-    }
-    return low;
-}
-
-// x: (tasks, rows, columns), rows contiguous, the matrices stride_t and the rows stride_row elements apart;
-// result: (rows, columns), contiguous. thresholds and weights: one per task, or null. starts: block_count + 1
-// ascending numbers from 0 to columns, between which the diagonal blocks lie, or null for one block, all.
-// WIDTH: every row of x and result starts at a multiple of so many elements' bytes, and columns is one.
+// x: (tasks, count), each x[t] contiguous, stride_t elements apart; result: (count,), contiguous. thresholds
+// and weights: one per task, or null. WIDTH: every x[t] and the result start at a multiple of so many
+// elements' bytes, and count is one.
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(elect_merge::THREADS, elect_merge::MIN_BLOCKS)
-    elect_merge_kernel(const T* x, const Compute<T>* thresholds, const Compute<T>* weights,
-                       const int64* starts, T* result, int64 tasks, int64 rows, int64 columns, int64 stride_t,
-                       int64 stride_row, int64 block_count) {
+    elect_merge_kernel(const T* x, const Compute<T>* thresholds, const Compute<T>* weights, T* result,
+                       int64 tasks, int64 count, int64 stride_t) {
     using namespace elect_merge;
     using V = Compute<T>;
-    const int64 spans = ceil_div(columns, THREADS * WIDTH);
+    const int64 step = int64{gridDim.x} * THREADS * WIDTH;
 
-    for (int64 work = blockIdx.x; work < rows * spans; work += gridDim.x) {
-        const int64 row = work / spans;
-        const int64 column = (work % spans * THREADS + threadIdx.x) * WIDTH;
-        if (column >= columns) continue;
-        int64 first = 0;
-        int64 last = columns;
-        if (starts != nullptr) {
-            const int64 block = block_of(row, starts, block_count);
-            first = starts[block];
-            last = starts[block + 1];
-        }
-
+    for (int64 i = (int64{blockIdx.x} * THREADS + threadIdx.x) * WIDTH; i < count; i += step) {
         V positive[WIDTH] = {}, negative[WIDTH] = {}, positive_weight[WIDTH] = {},
           negative_weight[WIDTH] = {};
-        if (column < last && column + WIDTH > first) {
-            using Entries = Pack<T, WIDTH>;
-            const T* entries = x + row * stride_row + column;
-            Entries next = *reinterpret_cast<const Entries*>(entries);
+        using Entries = Pack<T, WIDTH>;
+        const T* entries = x + i;
+        Entries next = *reinterpret_cast<const Entries*>(entries);
 #pragma unroll 1
-            for (int64 t = 0; t < tasks; ++t) {
-                const Entries pack = next;
-                entries += stride_t;
-                if (t + 1 < tasks) next = *reinterpret_cast<const Entries*>(entries);
-                // A NaN among the thresholds keeps everything, as a comparison with it is false.
-                const V threshold = thresholds == nullptr ? V{0} : thresholds[t];
-                const V weight = weights == nullptr ? V{1} : weights[t];
+        for (int64 t = 0; t < tasks; ++t) {
+            const Entries pack = next;
+            entries += stride_t;
+            if (t + 1 < tasks) next = *reinterpret_cast<const Entries*>(entries);
+            // A NaN among the thresholds keeps everything, as a comparison with it is false.
+            const V threshold = thresholds == nullptr ? V{0} : thresholds[t];
+            const V weight = weights == nullptr ? V{1} : weights[t];
 #pragma unroll
-                for (int i = 0; i < WIDTH; ++i) {
-                    V value = widened(pack.element[i]);
-                    if ((value < 0 ? -value : value) < threshold) value = 0;
-                    // Compared this way round, a NaN enters both sums.
-                    positive[i] += product(value < 0 ? V{0} : value, weight);
-                    negative[i] += product(value > 0 ? V{0} : value, weight);
-                    positive_weight[i] += value > 0 ? weight : V{0};
-                    negative_weight[i] += value < 0 ? weight : V{0};
-                }
+            for (int e = 0; e < WIDTH; ++e) {
+                V value = widened(pack.element[e]);
+                if ((value < 0 ? -value : value) < threshold) value = 0;
+                // Compared this way round, a NaN enters both sums.
+                positive[e] += product(value < 0 ? V{0} : value, weight);
+                negative[e] += product(value > 0 ? V{0} : value, weight);
+                positive_weight[e] += value > 0 ? weight : V{0};
+                negative_weight[e] += value < 0 ? weight : V{0};
             }
         }
 
         Pack<T, WIDTH> merged;
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
+        for (int e = 0; e < WIDTH; ++e) {
             // Where neither side is heavier the sum is 0, or NaN where an entry is.
-            V value = positive[i] + negative[i];
-            if (positive[i] > -negative[i]) value = positive[i] / positive_weight[i];
-            if (positive[i] < -negative[i]) value = negative[i] / negative_weight[i];
-            const bool inside = column + i >= first && column + i < last;
-            merged.element[i] = rounded<T>(inside ? value : V{0});
+            V value = positive[e] + negative[e];
+            if (positive[e] > -negative[e]) value = positive[e] / positive_weight[e];
+            if (positive[e] < -negative[e]) value = negative[e] / negative_weight[e];
+            merged.element[e] = rounded<T>(value);
         }
-        *reinterpret_cast<Pack<T, WIDTH>*>(result + row * columns + column) = merged;
+        *reinterpret_cast<Pack<T, WIDTH>*>(result + i) = merged;
     }
 }
 

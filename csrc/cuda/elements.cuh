@@ -80,13 +80,6 @@ __device__ __forceinline__ Float16 rounded<Float16>(float x) {
 #endif
 }
 
-// Rounds any sum to O, for results of another type than the inputs; a double becomes a 16-bit number by way
-// of float, as in torch.
-template <typename O, typename V>
-__device__ __forceinline__ O converted(V x) {
-    return rounded<O>(static_cast<Compute<O>>(x));
-}
-
 // x · y rounded by itself: a following addition is not fused with it, whatever the compiler's flags.
 __device__ __forceinline__ float product(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double product(double x, double y) { return __dmul_rn(x, y); }

@@ -9,10 +9,7 @@ from dirmerge.ops.delta import Delta, delta
 from dirmerge.ops.delta_sketch import DeltaSketch, delta_sketch
 from dirmerge.ops.elect_merge import elect_merge
 from dirmerge.ops.etf_project import etf_project
-from dirmerge.ops.etf_project_add import etf_project_add
 from dirmerge.ops.gram import gram
-from dirmerge.ops.jacobi_eigh import JacobiEigh, jacobi_eigh
-from dirmerge.ops.jacobi_svd import JacobiSVD, jacobi_svd
 from dirmerge.ops.kth_largest_magnitude import kth_largest_magnitude
 from dirmerge.ops.lowrank_add import lowrank_add
 from dirmerge.ops.polar_step import polar_step
@@ -21,17 +18,12 @@ from dirmerge.ops.rotation_step import RotationStep, rotation_step
 __all__ = [
     "Delta",
     "DeltaSketch",
-    "JacobiEigh",
-    "JacobiSVD",
     "RotationStep",
     "delta",
     "delta_sketch",
     "elect_merge",
     "etf_project",
-    "etf_project_add",
     "gram",
-    "jacobi_eigh",
-    "jacobi_svd",
     "kth_largest_magnitude",
     "lowrank_add",
     "polar_step",

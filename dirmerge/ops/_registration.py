@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 import torch
 
 from dirmerge import backends
+from dirmerge.backends.launch import compute_dtype
+
+__all__ = ["check_floating", "compute_dtype", "register", "view"]
 
 
 def register(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +60,3 @@ def view(tensor: torch.Tensor) -> Any:
     """Describes a CPU tensor, which must outlive the view, to the native library, which knows no torch."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return backends.native().View(tensor.data_ptr(), dtype, tensor.shape, tensor.stride())
-
-
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype an op computes in: float64 if any input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

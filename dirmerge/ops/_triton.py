@@ -16,7 +16,6 @@ _DTYPES = {
     "delta_sketch": _UP_TO_FLOAT32,
     "elect_merge": FLOATING,
     "etf_project": FLOATING,
-    "etf_project_add": _UP_TO_FLOAT32,
     "gram": _UP_TO_FLOAT32,
     "kth_largest_magnitude": FLOATING,
     "lowrank_add": _UP_TO_FLOAT32,

@@ -67,7 +67,7 @@ def _delta_native(
     value = finetuned.new_empty(finetuned.shape, dtype=compute_dtype(finetuned, base))
     finetuned, base = finetuned.contiguous(), base.contiguous()
     total, nonfinite = native().delta(view(finetuned), view(base), view(value), torch.get_num_threads())
-    return value, torch.tensor(total, dtype=torch.float64), torch.tensor(nonfinite, dtype=torch.int64)
+    return value, value.new_tensor(total, dtype=torch.float64), value.new_tensor(nonfinite, dtype=torch.int64)
 
 
 def delta(finetuned: torch.Tensor, base: torch.Tensor) -> Delta:

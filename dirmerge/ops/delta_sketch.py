@@ -11,8 +11,6 @@ from dirmerge.backends import implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
 from dirmerge.ops.delta import delta
 
-PRECISIONS = ("float32", "ieee", "bfloat16")
-
 
 class DeltaSketch(NamedTuple):
     """Sketches of T task matrices, their ‖D_t‖²_F, and how many of their entries are NaN or infinite."""
@@ -29,7 +27,6 @@ def _check(
     width: int,
     seed: int,
     transposed: bool,
-    precision: str,
 ) -> None:
     check_floating("delta_sketch", base=base, **{f"finetuned[{t}]": w for t, w in enumerate(finetuned)})
     if base.dim() != 2:
@@ -45,8 +42,6 @@ def _check(
                 f"delta_sketch: all of finetuned must have one dtype, got {finetuned[0].dtype} and "
                 f"{weight.dtype}"
             )
-    if precision not in PRECISIONS:
-        raise ValueError(f"delta_sketch: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"delta_sketch: seed must be from 0 to 2⁶³ − 1, got {seed}")
     if test is None:
@@ -72,9 +67,8 @@ def _fake(
     width: int,
     seed: int = 0,
     transposed: bool = False,
-    precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(base, finetuned, test, width, seed, transposed, precision)
+    _check(base, finetuned, test, width, seed, transposed)
     T = len(finetuned)
     return (
         base.new_empty((T, base.shape[1 if transposed else 0], width), dtype=compute_dtype(base)),
@@ -86,8 +80,7 @@ def _fake(
 _op = register(
     "delta_sketch",
     "(Tensor base, Tensor[] finetuned, Tensor? test=None, *, SymInt width, int seed=0, "
-    "bool transposed=False, str precision='float32') -> "
-    "(Tensor value, Tensor sum_of_squares, Tensor nonfinite)",
+    "bool transposed=False) -> (Tensor value, Tensor sum_of_squares, Tensor nonfinite)",
     fake=_fake,
 )
 
@@ -162,13 +155,12 @@ def _delta_sketch_torch(
     width: int,
     seed: int = 0,
     transposed: bool = False,
-    precision: str = "float32",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(base)
     m, n = base.shape
     if test is None:
         test = random_signs(m if transposed else n, width, seed, dtype=dtype, device=base.device)
-    test = test.bfloat16().to(dtype) if precision == "bfloat16" else test.to(dtype)
+    test = test.to(dtype)
     T = len(finetuned)
     value = base.new_zeros((T, n if transposed else m, width), dtype=dtype)
     total = base.new_zeros(T, dtype=torch.float64)
@@ -182,8 +174,6 @@ def _delta_sketch_torch(
             piece = found.value.to(dtype)
             total[t] += found.sum_of_squares
             nonfinite[t] += found.nonfinite
-            if precision == "bfloat16":
-                piece = piece.bfloat16().to(dtype)
             if transposed:
                 value[t].addmm_(piece.mT, tested[part])
             else:
@@ -199,7 +189,6 @@ def delta_sketch(
     width: int | None = None,
     seed: int = 0,
     transposed: bool = False,
-    precision: str = "float32",
 ) -> DeltaSketch:
     """Computes Y_t = (W_t − W_0) Ω, or Z_t = (W_t − W_0)ᵀ Q_t, with ‖W_t − W_0‖²_F from the same pass.
 
@@ -214,10 +203,6 @@ def delta_sketch(
         width: columns of the random Ω; not with test.
         seed: of the random Ω, from 0 to 2⁶³ − 1.
         transposed: whether the transposed differences are multiplied.
-        precision: "float32": products to float32 accuracy, on tensor cores as three bfloat16 or TF32 products
-            each; "ieee": by IEEE float32 units, slower; "bfloat16": difference and test are rounded to
-            bfloat16, enough for all but the last pass of a power iteration. On the
-            CPU the first two are the same.
 
     Returns:
         value: (T, m, s) or, transposed, (T, n, s), float32 (float64 if an input of the difference is);
@@ -225,10 +210,11 @@ def delta_sketch(
 
     Raises:
         TypeError: an input is not a floating tensor, or finetuned mixes dtypes.
-        ValueError: shapes, devices, seed or precision do not fit, or not exactly one of test and width.
+        ValueError: shapes, devices or seed do not fit, or not exactly one of test and width.
 
     Accuracy:
-        Differences, products and sums in float32 (float64 for float64); the squares are summed in float64.
+        Differences, products and sums in float32 (float64 for float64), on tensor cores as three bfloat16 or
+        TF32 products each; the squares are summed in float64.
 
     Differentiable:
         No: backward raises NotImplementedError.
@@ -241,10 +227,8 @@ def delta_sketch(
         raise ValueError("delta_sketch: exactly one of test and width must be given")
     if width is None:
         width = test.shape[-1] if isinstance(test, torch.Tensor) and test.dim() else 0
-    _check(base, weights, test, width, seed, transposed, precision)
+    _check(base, weights, test, width, seed, transposed)
     # The op computes in the dtype of its first argument.
     if weights and weights[0].dtype == torch.float64:
         base = base.double()
-    return DeltaSketch(
-        *_op(base, weights, test, width=width, seed=seed, transposed=transposed, precision=precision)
-    )
+    return DeltaSketch(*_op(base, weights, test, width=width, seed=seed, transposed=transposed))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dirmerge import cuda
-from dirmerge.backends import implements, native
+from dirmerge.backends import cuda, implements, native
+from dirmerge.backends.launch import elect_operands
 from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
@@ -16,7 +16,6 @@ def _check(
     x: torch.Tensor,
     thresholds: torch.Tensor | None,
     weights: Sequence[float] | None,
-    blocks: Sequence[int] | None,
 ) -> None:
     check_floating("elect_merge", x=x)
     if x.dim() < 2 or x.shape[0] == 0:
@@ -35,33 +34,32 @@ def _check(
         for weight in weights:
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"elect_merge: weights must be finite and >= 0, got {weight}")
-    if blocks is not None:
-        if x.dim() != 3 or x.shape[1] != x.shape[2]:
-            raise ValueError(f"elect_merge: x must have shape (T, K, K) with blocks, got {tuple(x.shape)}")
-        if any(size < 0 for size in blocks) or sum(blocks) != x.shape[1]:
-            raise ValueError(
-                f"elect_merge: blocks must be sizes that sum to K = {x.shape[1]}, got {list(blocks)}"
-            )
 
 
 def _fake(
     x: torch.Tensor,
     thresholds: torch.Tensor | None = None,
     weights: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    _check(x, thresholds, weights, blocks)
+    _check(x, thresholds, weights)
     return x.new_empty(x.shape[1:])
 
 
 _op = register(
     "elect_merge",
-    "(Tensor x, Tensor? thresholds=None, float[]? weights=None, SymInt[]? blocks=None) -> Tensor",
+    "(Tensor x, Tensor? thresholds=None, float[]? weights=None) -> Tensor",
     fake=_fake,
 )
 
 
-def _elect(x: torch.Tensor, thresholds: torch.Tensor | None, weights: Sequence[float] | None) -> torch.Tensor:
+@implements("elect_merge", "torch")
+def _elect_merge_torch(
+    x: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
+) -> torch.Tensor:
+    if thresholds is not None:
+        thresholds = thresholds.to(compute_dtype(x))
     # The sign of the sum is that of the heavier side, so both are summed apart. clamp keeps NaN on both.
     dtype = compute_dtype(x)
     positive = x.new_zeros(x.shape[1:], dtype=dtype)
@@ -82,44 +80,17 @@ def _elect(x: torch.Tensor, thresholds: torch.Tensor | None, weights: Sequence[f
     return merged.to(x.dtype)
 
 
-@implements("elect_merge", "torch")
-def _elect_merge_torch(
-    x: torch.Tensor,
-    thresholds: torch.Tensor | None = None,
-    weights: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
-) -> torch.Tensor:
-    if thresholds is not None:
-        thresholds = thresholds.to(compute_dtype(x))
-    if blocks is None:
-        return _elect(x, thresholds, weights)
-    merged = x.new_zeros(x.shape[1:])
-    start = 0
-    for size in blocks:
-        block = slice(start, start + size)
-        merged[block, block] = _elect(x[:, block, block], thresholds, weights)
-        start += size
-    return merged
-
-
 @implements("elect_merge", "native", devices=("cpu",))
 def _elect_merge_native(
     x: torch.Tensor,
     thresholds: torch.Tensor | None = None,
     weights: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    # With blocks only they are read: a view of rows is taken as it is, and not copied whole.
-    if blocks is None or x.stride(2) != 1:
-        x = x.contiguous()
-    if thresholds is not None:
-        thresholds = thresholds.to(compute_dtype(x)).contiguous()
-    merged = x.new_empty(x.shape[1:])
+    x, limits, _, merged = elect_operands(x, thresholds, None)
     native().elect_merge(
         view(x),
-        None if thresholds is None else view(thresholds),
+        None if limits is None else view(limits),
         weights,
-        blocks,
         view(merged),
         torch.get_num_threads(),
     )
@@ -133,7 +104,6 @@ def elect_merge(
     x: torch.Tensor,
     thresholds: torch.Tensor | None = None,
     weights: Sequence[float] | torch.Tensor | None = None,
-    blocks: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Merges by elected sign: s = sign Σ_t w_t x_t, result = Σ w_t x_t / Σ w_t over the t with sign x_t = s.
 
@@ -145,15 +115,13 @@ def elect_merge(
         x: (T, ...), any floating dtype.
         thresholds: (T,), any floating dtype; None keeps everything. An entry equal to its threshold is kept.
         weights: T numbers >= 0; None weighs all tasks alike.
-        blocks: sizes r_1, …, r_B with Σ r_b = K for x of shape (T, K, K): only the diagonal blocks are
-            merged, the rest of the result is 0 and the rest of x is not read. None merges everything.
 
     Returns:
         x.shape[1:], the dtype of x. An entry that is NaN in any task is NaN.
 
     Raises:
         TypeError: x or thresholds is not a floating tensor.
-        ValueError: shapes, weights or blocks do not fit.
+        ValueError: shapes or weights do not fit.
 
     Accuracy:
         Sums in float32 (float64 for float64), task after task; rounded once to the dtype of x.
@@ -162,10 +130,10 @@ def elect_merge(
         No: backward raises NotImplementedError.
 
     Source:
-        TIES-Merging (arXiv 2306.01708), section 3; DC-Merge (arXiv 2603.06242), aggregation and block mask.
+        TIES-Merging (arXiv 2306.01708), section 3; DC-Merge (arXiv 2603.06242), aggregation.
     """
     if weights is not None:
         weights = [float(weight) for weight in weights]
-    _check(x, thresholds, weights, blocks)
-    result: torch.Tensor = _op(x, thresholds, weights, None if blocks is None else list(blocks))
+    _check(x, thresholds, weights)
+    result: torch.Tensor = _op(x, thresholds, weights)
     return result

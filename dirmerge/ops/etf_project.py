@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dirmerge import cuda
-from dirmerge.backends import implements
+from dirmerge.backends import cuda, implements
 from dirmerge.ops._registration import check_floating, compute_dtype, register
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dirmerge import cuda
-from dirmerge.backends import implements, native
+from dirmerge.backends import cuda, implements, native
+from dirmerge.backends.launch import by_task
 from dirmerge.ops._registration import check_floating, compute_dtype, register, view
 
 
@@ -35,7 +35,7 @@ def _kth_largest_magnitude_torch(x: torch.Tensor, k: int) -> torch.Tensor:
 @implements("kth_largest_magnitude", "native", devices=("cpu",))
 def _kth_largest_magnitude_native(x: torch.Tensor, k: int) -> torch.Tensor:
     # Widening keeps order and value, so that 16-bit entries need no kernel of their own.
-    value = x.to(compute_dtype(x)).contiguous()
+    value = by_task(x.to(compute_dtype(x)))
     result = value.new_empty(x.shape[0])
     native().kth_largest_magnitude(view(value), k, view(result), torch.get_num_threads())
     return result.to(x.dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulation import CSRC, ORDERS, Emulated, compile_emulated
 
-from dirmerge import cuda
+from dirmerge.backends import cuda
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 
 @pytest.fixture
 def emulated(emulated_library: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
-    """dirmerge.cuda runs on the emulated library."""
+    """dirmerge.backends.cuda runs on the emulated library."""
     monkeypatch.setattr(cuda, "library", lambda: emulated_library.library)
     yield emulated_library
     emulated_library.configure(0)

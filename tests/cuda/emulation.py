@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dirmerge import cuda
+from dirmerge.backends import cuda
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SANITIZE = os.environ.get("DIRMERGE_SANITIZE") == "1"

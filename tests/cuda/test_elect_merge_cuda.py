@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, ops
+from dirmerge.backends import cuda
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -27,24 +28,13 @@ def test_is_torchs_result_to_the_bit(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("each_order")
-@pytest.mark.parametrize("blocks", [[16, 16, 16], [48], [1, 33, 0, 14], [0, 0, 48, 0], [1] * 48], ids=str)
-def test_blocks_keep_the_diagonal_and_use_nothing_else(blocks: list[int]) -> None:
-    for dtype in backends.FLOATING:
-        x = torch.randn(4, 48, 48, dtype=torch.float64).to(dtype)
-        inside = torch.block_diag(*(torch.ones(r, r) for r in blocks)).bool()
-        expected = ops.elect_merge(x, blocks=blocks)
-        x[:, ~inside] = float("nan")
-        assert torch.equal(cuda.elect_merge(x, blocks=blocks), expected)
-
-
-@pytest.mark.usefixtures("each_order")
 def test_views_are_read_by_their_strides() -> None:
     x = torch.randn(40, 40, 5).permute(2, 0, 1)
     assert torch.equal(cuda.elect_merge(x), ops.elect_merge(x))
     assert torch.equal(cuda.elect_merge(x[::2]), ops.elect_merge(x[::2]))
     rows = torch.randn(5, 40, 60)[::2, :, 7:47]
     for view in (rows, rows.mT, rows[:1].expand(3, 40, 40)):
-        assert torch.equal(cuda.elect_merge(view, blocks=[10, 30]), ops.elect_merge(view, blocks=[10, 30]))
+        assert torch.equal(cuda.elect_merge(view), ops.elect_merge(view))
 
 
 @pytest.mark.usefixtures("emulated")
@@ -79,4 +69,3 @@ def test_huge_and_tiny_numbers() -> None:
 @pytest.mark.usefixtures("emulated")
 def test_what_is_empty_stays_empty() -> None:
     assert cuda.elect_merge(torch.empty(2, 0, 3)).shape == (0, 3)
-    assert cuda.elect_merge(torch.empty(2, 0, 0), blocks=[0, 0]).shape == (0, 0)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dirmerge import backends, cuda, ops
+from dirmerge import backends, ops
+from dirmerge.backends import cuda
 
 # One tile of rows, more than one, and the last row of each form.
 SHAPES = [(33, 70), (199, 33), (2, 1), (3, 128, 5), (2, 129, 1)]

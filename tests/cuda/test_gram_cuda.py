@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dirmerge import cuda, ops
+from dirmerge import ops
+from dirmerge.backends import cuda
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

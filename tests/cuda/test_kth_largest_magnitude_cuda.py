@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dirmerge import backends, cuda
+from dirmerge import backends
+from dirmerge.backends import cuda
 
 
 def truth(x: torch.Tensor, k: int) -> torch.Tensor:

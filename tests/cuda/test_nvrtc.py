@@ -1,8 +1,8 @@
-"""dirmerge.nvrtc with a CuPy of our own, whose modules are the kernels emulated on the CPU.
+"""dirmerge.backends.nvrtc with a CuPy of our own, whose modules are the kernels emulated on the CPU.
 
-It takes the same calls as CuPy's: source, options and names of kernels in; grid, block, NumPy scalars and
-bytes of shared memory at a launch. What it runs is what dirmerge.nvrtc chose, so the results must be those of
-the compiled launchers to the bit.
+It takes the same calls as CuPy's: source, options and names of kernels in; grid, block and NumPy scalars at a
+launch. What it runs is what dirmerge.backends.nvrtc chose, so the results must be those of the compiled
+launchers to the bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import torch
 from emulation import CSRC, FLAGS, Emulated
 
-from dirmerge import cuda, nvrtc
+from dirmerge.backends import cuda, nvrtc
 
 SHIM = """
 #include "cuda/launch.h"
@@ -30,22 +30,22 @@ SHIM = """
 using namespace dirmerge::cuda;
 
 template <typename... P, std::size_t... I>
-int run(void (*kernel)(P...), unsigned blocks, unsigned threads, std::size_t shared, void** arguments,
-        const std::size_t* sizes, std::index_sequence<I...>) {{
+int run(void (*kernel)(P...), unsigned blocks, unsigned threads, void** arguments, const std::size_t* sizes,
+        std::index_sequence<I...>) {{
     const bool fits = ((sizes[I] == sizeof(P)) && ...) && sizes[sizeof...(P)] == 0;
     if (!fits) return INVALID_VALUE;
-    return simt::launch(dim3(blocks), dim3(threads), shared,
+    return simt::launch(dim3(blocks), dim3(threads), 0,
                         [=] {{ kernel(*static_cast<P*>(arguments[I])...); }});
 }}
 
 template <typename... P>
-int run(void (*kernel)(P...), unsigned blocks, unsigned threads, std::size_t shared, void** arguments,
+int run(void (*kernel)(P...), unsigned blocks, unsigned threads, void** arguments,
         const std::size_t* sizes) {{
-    return run(kernel, blocks, threads, shared, arguments, sizes, std::index_sequence_for<P...>());
+    return run(kernel, blocks, threads, arguments, sizes, std::index_sequence_for<P...>());
 }}
 
-DIRMERGE_EXPORT int run_kernel(const char* name, unsigned blocks, unsigned threads, std::size_t shared,
-                               void** arguments, const std::size_t* sizes) {{
+DIRMERGE_EXPORT int run_kernel(const char* name, unsigned blocks, unsigned threads, void** arguments,
+                               const std::size_t* sizes) {{
     const std::string wanted = name;
 {cases}
     return -1;
@@ -59,37 +59,24 @@ def matrices(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 PROBLEMS: dict[str, Callable[[], Any]] = {
     "elect_merge": lambda: cuda.elect_merge(matrices(3, 40, 40, dtype=torch.bfloat16), matrices(3).abs()),
-    "elect_merge, blocks, odd": lambda: cuda.elect_merge(matrices(2, 33, 33), None, [0.5, 2.0], [3, 30]),
+    "elect_merge, odd": lambda: cuda.elect_merge(matrices(2, 33, 33), None, [0.5, 2.0]),
     "etf_project": lambda: cuda.etf_project(matrices(2, 40, 33, dtype=torch.float16)),
     "etf_project, long": lambda: cuda.etf_project(matrices(200, 70).double()),
-    "etf_project_add": lambda: cuda.etf_project_add(
-        matrices(70, 40, dtype=torch.bfloat16), matrices(70, 40), matrices(70), 8, scale=0.5
-    ),
-    "etf_project_add, float64": lambda: cuda.etf_project_add(
-        matrices(9, 40).double(),
-        matrices(40, 9).mT.double(),
-        matrices(9).double(),
-        3,
-        out_dtype=torch.float16,
-    ),
     "gram": lambda: cuda.gram(matrices(2, 70, 130)),
     "gram, bfloat16": lambda: cuda.gram(matrices(40, 66, dtype=torch.bfloat16).mT),
-    "jacobi_eigh": lambda: cuda.jacobi_eigh(matrices(3, 11, 11)),
-    "jacobi_svd": lambda: cuda.jacobi_svd(matrices(2, 9, 40)),
-    "jacobi_svd, float64": lambda: cuda.jacobi_svd(matrices(70, 3).double()),
     "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(matrices(3, 4096), 1000),
     "kth_largest_magnitude, odd": lambda: cuda.kth_largest_magnitude(matrices(2, 333).half(), 17),
 }
 
 
 class FakeCuPy:
-    """What dirmerge.nvrtc uses of CuPy, and what it asked for."""
+    """What dirmerge.backends.nvrtc uses of CuPy, and what it asked for."""
 
     __version__ = "14.2.0"
 
     def __init__(self, run: Callable[..., int] | None = None) -> None:
         self.run = run
-        self.launches: list[tuple[str, int, int, int]] = []
+        self.launches: list[tuple[str, int, int]] = []
         self.compiled: list[tuple[str, tuple[str, ...]]] = []
         self.streams: list[tuple[int, int]] = []
         self.codes: list[str] = []
@@ -116,23 +103,17 @@ class FakeKernel:
         assert wanted == name
         self.cupy = cupy
         self.name = name
-        self.max_dynamic_shared_size_bytes = 48 << 10
 
-    def __call__(
-        self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...], *, shared_mem: int
-    ) -> None:
+    def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
         (blocks,), (threads,) = grid, block
-        assert shared_mem <= self.max_dynamic_shared_size_bytes
-        self.cupy.launches.append((self.name, blocks, threads, shared_mem))
+        self.cupy.launches.append((self.name, blocks, threads))
         if self.cupy.run is None:
             return
         held = [np.array([value]) for value in args]
         assert all(value.dtype == type(arg) for value, arg in zip(held, args, strict=True))
         addresses = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
         sizes = (ctypes.c_size_t * (len(held) + 1))(*(value.itemsize for value in held), 0)
-        code = self.cupy.run(
-            self.name.encode(), blocks, threads, ctypes.c_size_t(shared_mem), addresses, sizes
-        )
+        code = self.cupy.run(self.name.encode(), blocks, threads, addresses, sizes)
         if code:
             raise RuntimeError(f"error {code} of {self.name}")
 
@@ -156,7 +137,7 @@ def emulated_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]
     names = sorted({name for name, _ in recorder.compiled})
     folder = tmp_path_factory.mktemp("shim")
     headers = sorted((CSRC / "cuda").glob("*.cuh"))
-    arguments = "blocks, threads, shared, arguments, sizes"
+    arguments = "blocks, threads, arguments, sizes"
     source = SHIM.format(
         includes="\n".join(f'#include "cuda/{header.name}"' for header in headers),
         cases="\n".join(f'    if (wanted == "{name}") return run({name}, {arguments});' for name in names),
@@ -208,6 +189,21 @@ def test_launches_what_the_compiled_launcher_does(
     assert set(cupy.streams) == {(0, 0)}
 
 
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.usefixtures("emulated")
+def test_the_callers_default_device_does_not_matter(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[Any, torch.Tensor] = {}
+
+    def once(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return made.setdefault((shape, dtype), torch.randn(shape).to(dtype))
+
+    monkeypatch.setitem(globals(), "matrices", once)
+    expected = PROBLEMS[problem]()
+    # "meta" stands for a GPU: a tensor that is made without its device lands there and holds nothing.
+    with torch.device("meta"):
+        assert torch.equal(PROBLEMS[problem](), expected)
+
+
 def test_every_kernel_of_the_library_is_launched_here() -> None:
     launchers = {path.stem for path in (CSRC / "cuda").glob("*.cu")} - {"library"}
     assert set(nvrtc.LAUNCHES) == launchers
@@ -231,14 +227,6 @@ def test_sizes_are_those_of_the_sources(tmp_path: Path) -> None:
         lines.append(f"static_assert(elect_merge::WIDE<{element}> == {min(4, 16 // size)});")
         lines.append(f"static_assert(WIDEST<{element}> == {16 // size});")
     lines.append("static_assert(sizeof(KthState) == 16);")
-    for m, n, held in ((70, 33, 2), (128, 128, 1), (9, 8, 0), (1, 1, 2)):
-        shared = sum(((m | 1) * n, (n | 1) * n)[:held]) * 4
-        lines.append(f"static_assert(jacobi_svd::shared_bytes({m}, {n}, {held}, 4) == {shared});")
-        even = n + n % 2
-        lines.append(
-            f"static_assert(jacobi_eigh::shared_bytes({n}, {held}, 8) == {held * even * (even + 1) * 8});"
-        )
-        lines.append(f"static_assert(jacobi::warps({n}) * 32 == {nvrtc._jacobi_threads(n)});")
     (tmp_path / "sizes.cpp").write_text("\n".join(lines))
     command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", str(tmp_path / "sizes.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -249,14 +237,6 @@ def test_workspaces_are_those_of_the_library(emulated: Emulated) -> None:
     for function in nvrtc.WORKSPACES:
         for size in (1, 7, 4096):
             assert library(FakeCuPy()).size(function, size) == emulated.library.size(function, size)
-
-
-def test_a_large_matrix_asks_for_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = FakeCuPy()
-    by_nvrtc = library(cupy)
-    monkeypatch.setattr(cuda, "library", lambda: by_nvrtc)
-    cuda.jacobi_svd(torch.zeros(4, 128, 128))
-    assert cupy.launches == [("dirmerge::cuda::jacobi_svd_kernel<float, 2>", 4, 512, 2 * 129 * 128 * 4)]
 
 
 def test_a_changed_header_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

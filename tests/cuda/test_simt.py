@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulation import CSRC, ORDERS, Emulated, compile_emulated
 
-from dirmerge import cuda
+from dirmerge.backends import cuda
 
 KERNELS = CSRC / "cuda"
 BARRIER = re.compile(r"^ *__syncthreads\(\);.*\n", re.MULTILINE)
@@ -25,7 +25,6 @@ def numbers(*shape: int) -> torch.Tensor:
 PROBLEMS: dict[str, Callable[[], torch.Tensor]] = {
     "gram": lambda: cuda.gram(numbers(33, 130)),
     "etf_project": lambda: cuda.etf_project(numbers(40, 70)),
-    "etf_project_add": lambda: cuda.etf_project_add(numbers(70, 70), numbers(70, 70), numbers(70), 5),
     "kth_largest_magnitude": lambda: cuda.kth_largest_magnitude(numbers(3, 2000), 700),
 }
 BARRIERS = [

@@ -85,13 +85,6 @@ def test_what_is_not_finite_is_counted_per_task() -> None:
     assert found.sum_of_squares.isfinite().tolist() == [False, True, False]
 
 
-def test_bfloat16_products_round_both_operands() -> None:
-    base, finetuned, test = torch.randn(20, 30), torch.randn(1, 20, 30), torch.randn(30, 4)
-    found = delta_sketch(base, finetuned, test=test, precision="bfloat16").value
-    truth = (finetuned - base).bfloat16().double() @ test.bfloat16().double()
-    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
-
-
 def test_the_sketch_spans_the_leading_directions() -> None:
     # Rank 10 with a tail of 1e-3: sixteen columns catch all but the tail.
     u = torch.linalg.qr(torch.randn(90, 10, dtype=torch.float64)).Q
@@ -108,7 +101,6 @@ def test_arguments_are_checked() -> None:
         ({"width": 2, "test": torch.ones(3, 2)}, "exactly one of test and width"),
         ({"width": 0}, "width must be at least 1"),
         ({"width": 2, "seed": -1}, "seed must be from 0"),
-        ({"width": 2, "precision": "tf32"}, "precision must be one of"),
         ({"test": torch.ones(4, 2)}, r"test must have shape \(3, s\)"),
         ({"test": torch.ones(3, 3, 2)}, r"or \(2, 3, s\)"),
     ):

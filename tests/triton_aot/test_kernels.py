@@ -14,12 +14,10 @@ TESTED = {
     ("lowrank_add", "bfloat16, float32 factors"),
     ("delta_sketch", "bfloat16, random"),
     ("delta_sketch", "bfloat16, given"),
-    ("delta_sketch", "bfloat16, given, IEEE"),
     ("polar_step", "bfloat16"),
     ("kth_largest_magnitude", "bfloat16"),
     ("elect_merge", "bfloat16"),
     ("etf_project", "bfloat16, K = 128"),
-    ("etf_project_add", "bfloat16, float32 update"),
 }
 FORMS = [
     pytest.param(form, id=f"{form.op}: {form.name}")

@@ -16,11 +16,9 @@ def weights(m: int, n: int, dtype: torch.dtype, T: int = 2) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("precision", ["float32", "ieee"])
 @pytest.mark.parametrize("given", [None, 2, 3])
 def test_is_the_product_with_the_difference(
     transposed: bool,
-    precision: str,
     given: int | None,
     dtype: torch.dtype,
     as_good_as_torch: Callable[..., None],
@@ -30,7 +28,7 @@ def test_is_the_product_with_the_difference(
     seed = 2**40 + 5
     test = None if given is None else torch.randn(*((2,) if given == 3 else ()), rows, 20)
     width = 150 if test is None else 20
-    options = {"width": width, "seed": seed, "transposed": transposed, "precision": precision}
+    options = {"width": width, "seed": seed, "transposed": transposed}
     value, total, nonfinite = delta_sketch(base, finetuned, test, **options)
     expected = delta_sketch_op(
         base, finetuned, test=test, width=None if given else width, seed=seed, transposed=transposed
@@ -42,19 +40,6 @@ def test_is_the_product_with_the_difference(
     torch.testing.assert_close(total, differences.square().sum((1, 2)), rtol=1e-6, atol=0)
     assert nonfinite.tolist() == [0, 0]
     assert nonfinite.dtype == torch.int64
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_bfloat16_products_round_both_operands(given: bool, as_good_as_torch: Callable[..., None]) -> None:
-    base, finetuned = weights(48, 80, torch.float32)
-    test = torch.randn(80, 16) if given else None
-    value = delta_sketch(base, finetuned, test, width=16, seed=3, precision="bfloat16")[0]
-    factor = (test if given else random_signs(80, 16, 3)).bfloat16().double()
-    truth = torch.stack([(w - base).bfloat16().double() @ factor for w in finetuned])
-    expected = delta_sketch_op(
-        base, finetuned, test=test, width=None if given else 16, seed=3, precision="bfloat16"
-    )
-    as_good_as_torch(value, expected.value, truth)
 
 
 def test_what_is_not_finite_is_counted_per_task() -> None:

@@ -17,16 +17,15 @@ def by_torch(*args: object) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.0, 0.5]])
 @pytest.mark.parametrize("filtered", [False, True])
-@pytest.mark.parametrize("blocks", [None, [10, 0, 20, 3]])
 def test_is_the_mean_of_the_elected_side(
-    dtype: torch.dtype, weights: list[float] | None, filtered: bool, blocks: list[int] | None
+    dtype: torch.dtype, weights: list[float] | None, filtered: bool
 ) -> None:
     x = torch.randn(4, 33, 33).to(dtype)
     thresholds = torch.linspace(0.1, 1.5, 4) if filtered else None
-    found = elect_merge(x, thresholds, weights, blocks)
+    found = elect_merge(x, thresholds, weights)
     # torch's default is tested entry by entry elsewhere; the sums run in the same order.
     rtol = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found, by_torch(x, thresholds, weights, blocks), rtol=rtol, atol=0)
+    torch.testing.assert_close(found, by_torch(x, thresholds, weights), rtol=rtol, atol=0)
 
 
 def test_ties_infinity_and_nan() -> None:
@@ -39,22 +38,11 @@ def test_ties_infinity_and_nan() -> None:
     assert elect_merge(x)[:2].tolist() == [0, 1.5]
 
 
-def test_blocks_read_nothing_else() -> None:
-    x = torch.randn(3, 48, 48)
-    blocks = [1, 33, 14]
-    inside = torch.block_diag(*(torch.ones(r, r) for r in blocks)).bool()
-    expected = by_torch(x, None, None, blocks)
-    x[:, ~inside] = float("nan")
-    torch.testing.assert_close(elect_merge(x, blocks=blocks), expected, rtol=2e-7, atol=0)
-
-
 def test_views_long_rows_and_empty_ones() -> None:
     x = torch.randn(40, 40, 3).permute(2, 0, 1)
     torch.testing.assert_close(elect_merge(x), by_torch(x), rtol=2e-7, atol=0)
     rows = torch.randn(5, 40, 60)[::2, :, 7:47]
-    torch.testing.assert_close(
-        elect_merge(rows, blocks=[10, 30]), by_torch(rows, None, None, [10, 30]), rtol=2e-7, atol=0
-    )
+    torch.testing.assert_close(elect_merge(rows), by_torch(rows), rtol=2e-7, atol=0)
     long = torch.randn(2, 3, 700)
     torch.testing.assert_close(elect_merge(long), by_torch(long), rtol=2e-7, atol=0)
     assert elect_merge(torch.empty(3, 0, 5)).shape == (0, 5)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dirmerge import nvrtc
+from dirmerge.backends import nvrtc
+from dirmerge.backends.launch import by_task, elect_operands, flattened, gram_operands
 
-LIBRARY = Path(__file__).with_name("libdirmerge_cuda.so")
+_PACKAGE = Path(__file__).parents[1]
+
+LIBRARY = _PACKAGE / "libdirmerge_cuda.so"
 """Where the installation puts the library, if it builds it."""
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -145,15 +146,10 @@ def sources() -> Path:
     Raises:
         RuntimeError: they are not installed.
     """
-    for folder in (Path(__file__).with_name("cuda_sources"), Path(__file__).parents[1] / "csrc" / "cuda"):
+    for folder in (_PACKAGE / "cuda_sources", _PACKAGE.parent / "csrc" / "cuda"):
         if (folder / "simt.h").exists():
             return folder
     raise RuntimeError("the CUDA sources are not installed: reinstall dirmerge")
-
-
-def _batched(x: torch.Tensor) -> torch.Tensor:
-    """Flattens (..., m, n) to (batch, m, n); a copy only where no one stride describes the batch."""
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _workspace(device: torch.device, op: str, *sizes: int) -> torch.Tensor:
@@ -164,39 +160,14 @@ def _workspace(device: torch.device, op: str, *sizes: int) -> torch.Tensor:
 def etf_project(core: torch.Tensor) -> torch.Tensor:
     """Launches K/(K − 1) · (Z − 1 1ᵀ Z / K); the core is read by its strides."""
     result = torch.empty_like(core, memory_format=torch.contiguous_format)
-    z = _batched(core)
+    z = flattened(core)
     library().call("etf_project", core.device, z, result, core.dtype, *z.shape, *z.stride())
-    return result
-
-
-def etf_project_add(
-    base: torch.Tensor,
-    update: torch.Tensor,
-    frame_sum: torch.Tensor,
-    K: int,
-    *,
-    scale: float = 1.0,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Launches base + scale · K/(K − 1) · (D − q (qᵀD) / K); D is converted to the compute type first."""
-    m, n = base.shape
-    compute = torch.float64 if base.dtype == torch.float64 else torch.float32
-    result = base.new_empty(m, n, dtype=out_dtype or base.dtype)
-    update, frame_sum = update.to(compute), frame_sum.to(compute).contiguous()
-    workspace = _workspace(base.device, "etf_project_add", n)
-    tensors = (base, update, frame_sum, result, workspace)
-    strides = (*base.stride(), *update.stride())
-    library().call(
-        "etf_project_add", base.device, *tensors, base.dtype, result.dtype, m, n, *strides, K, float(scale)
-    )
     return result
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
     """Launches xᵀx, float32, for 16-bit and float32 x, which is read by its strides."""
-    n = x.shape[-1]
-    result = x.new_empty((*x.shape[:-2], n, n), dtype=torch.float32)
-    batched = _batched(x)
+    batched, result = gram_operands(x)
     library().call("gram", x.device, batched, result, x.dtype, *batched.shape, *batched.stride())
     return result
 
@@ -207,8 +178,7 @@ def kth_largest_magnitude(x: torch.Tensor, k: int) -> torch.Tensor:
     result = x.new_empty(T)
     if T == 0:
         return result
-    if not x[0].is_contiguous():
-        x = x.contiguous()
+    x = by_task(x)
     workspace = _workspace(x.device, "kth_largest_magnitude", T)
     library().call(
         "kth_largest_magnitude", x.device, x, k, result, workspace, x.dtype, T, x[0].numel(), x.stride(0)
@@ -220,97 +190,9 @@ def elect_merge(
     x: torch.Tensor,
     thresholds: torch.Tensor | None = None,
     weights: Sequence[float] | None = None,
-    blocks: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Launches the merge; x is copied first unless its x[t], or with blocks its rows, are contiguous."""
-    result = x.new_empty(x.shape[1:])
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = None
-    if blocks is None:
-        if not x[0].is_contiguous():
-            x = x.contiguous()
-        rows, columns, stride_row = 1, result.numel(), 0
-    else:
-        if x.stride(2) != 1:
-            x = x.contiguous()
-        rows, columns, stride_row = x.shape[1], x.shape[2], x.stride(1)
-        starts = _on_device([0, *accumulate(blocks)], torch.int64, x.device)
-    library().call(
-        "elect_merge",
-        x.device,
-        x,
-        None if thresholds is None else thresholds.to(compute).contiguous(),
-        None if weights is None else _on_device(weights, compute, x.device),
-        starts,
-        result,
-        x.dtype,
-        x.shape[0],
-        rows,
-        columns,
-        x.stride(0),
-        stride_row,
-        0 if blocks is None else len(blocks),
-    )
+    """Launches the merge; x is copied first unless its x[t] are contiguous."""
+    x, limits, factors, result = elect_operands(x, thresholds, weights)
+    sizes = (x.shape[0], result.numel(), x.stride(0))
+    library().call("elect_merge", x.device, x, limits, factors, result, x.dtype, *sizes)
     return result
-
-
-def _on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Copies a short list to the device without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-# What the emulated GPU has, and of any GPU what the kernels use beside the matrices.
-_SHARED_BYTES, _SHARED_STATIC = 227 << 10, 4 << 10
-
-
-def _in_shared(device: torch.device, *sizes: int) -> int:
-    """How many of several pieces, the first ones first, fit into the shared memory of one block."""
-    left = _SHARED_BYTES - _SHARED_STATIC
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        # The larger number is not in torch's stubs, nor in every torch.
-        most = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-        left = most - _SHARED_STATIC
-    for count, size in enumerate(sizes):
-        left -= size
-        if left < 0:
-            return count
-    return len(sizes)
-
-
-def jacobi_svd(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launches the Jacobi SVD, of R of a QR decomposition where a is too tall for shared memory."""
-    a = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-    if a.shape[-2] < a.shape[-1]:
-        v, s, u, sweeps = jacobi_svd(a.mT)
-        return u, s, v, sweeps
-    m, n = a.shape[-2:]
-    if m > n and _in_shared(a.device, (m | 1) * n * a.itemsize) == 0:
-        q, r = torch.linalg.qr(a)
-        u, s, v, sweeps = jacobi_svd(r)
-        return q @ u, s, v, sweeps
-    x = _batched(a)
-    u, s, v = a.new_empty(a.shape), a.new_empty((*a.shape[:-2], n)), a.new_empty((*a.shape[:-2], n, n))
-    sweeps = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
-    matrices = ((m | 1) * n, (n | 1) * n)
-    held = _in_shared(a.device, *(entries * a.itemsize for entries in matrices))
-    workspace = a.new_empty((x.shape[0], sum(matrices[held:])))
-    sizes = (held, *x.shape, *x.stride())
-    library().call("jacobi_svd", a.device, x, u, s, v, sweeps, workspace, a.dtype, *sizes)
-    return u, s, v, sweeps
-
-
-def jacobi_eigh(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launches the Jacobi eigendecomposition; a is read by its strides."""
-    a = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-    x, n = _batched(a), a.shape[-1]
-    values, vectors = a.new_empty(a.shape[:-1]), a.new_empty(a.shape)
-    sweeps = torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)
-    even = n + n % 2
-    matrix = even * (even + 1)
-    held = _in_shared(a.device, *(matrix * a.itemsize,) * 2)
-    workspace = a.new_empty((x.shape[0], (2 - held) * matrix))
-    sizes = (held, *x.shape[:2], *x.stride())
-    library().call("jacobi_eigh", a.device, x, values, vectors, sweeps, workspace, a.dtype, *sizes)
-    return values, vectors, sweeps

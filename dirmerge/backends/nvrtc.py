@@ -1,7 +1,7 @@
 """The CUDA C++ kernels without the compiled library: NVRTC compiles csrc/cuda/<op>.cuh on first use, by CuPy.
 
-`Library` is called like dirmerge.cuda.Library, and does what the launchers csrc/cuda/<op>.cu do: it chooses
-the instantiation, the grid and the shared memory. CuPy keeps what was compiled on disk.
+`Library` is called like dirmerge.backends.cuda.Library, and does what the launchers csrc/cuda/<op>.cu do: it
+chooses the instantiation and the grid. CuPy keeps what was compiled on disk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ MAX_BLOCKS = 0x7FFFFFFF
 SIZES = {
     "elect_merge": {"THREADS": 256},
     "etf_project": {"COLUMNS": 32, "THREADS": 256, "WHOLE_K": 128},
-    "etf_project_add": {"COLUMNS": 32, "THREADS": 256, "SLICES": 16, "ROWS": 64},
     "gram": {"TILE": 64, "THREADS": 128},
-    "jacobi": {"MAX_WARPS": 16},
     "kth_largest_magnitude": {"THREADS": 512, "SELECT_THREADS": 256, "BINS": 2048, "BLOCKS": 1024},
 }
 DIGITS = {16: (8, 7), 32: (11, 10, 10), 64: (11, 11, 11, 10, 10, 10)}
@@ -51,14 +49,12 @@ class Launch:
         blocks: that the work consists of; more than a grid may have is no error, the kernels stride.
         threads: of a block.
         arguments: NumPy scalars of the parameters' widths, addresses as uintp.
-        shared_bytes: dynamic shared memory of a block.
     """
 
     kernel: str
     blocks: int
     threads: int
     arguments: tuple[Any, ...]
-    shared_bytes: int = 0
 
 
 def _address(value: torch.Tensor | int | None) -> Any:
@@ -96,43 +92,6 @@ def _etf_project(
     yield Launch(f"etf_project_kernel<{_ELEMENTS[dtype]}, {whole}>", blocks, sizes["THREADS"], arguments)
 
 
-def _etf_project_add(
-    base: torch.Tensor,
-    update: torch.Tensor,
-    frame_sum: torch.Tensor,
-    result: torch.Tensor,
-    workspace: torch.Tensor,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    m: int,
-    n: int,
-    base_stride_m: int,
-    base_stride_n: int,
-    stride_m: int,
-    stride_n: int,
-    K: int,
-    scale: float,
-) -> Iterator[Launch]:
-    sizes = SIZES["etf_project_add"]
-    threads, column_blocks = sizes["THREADS"], _ceil_div(n, sizes["COLUMNS"])
-    double = dtype == torch.float64
-    compute = np.float64 if double else np.float32
-    partial = _address(workspace)
-    product = (_address(update), _address(frame_sum), partial, *_int64(m, n, stride_m, stride_n))
-    kernel = f"etf_column_product_kernel<{'double' if double else 'float'}>"
-    yield Launch(kernel, sizes["SLICES"] * column_blocks, threads, product)
-    add = (
-        *map(_address, (base, update, frame_sum)),
-        partial,
-        _address(result),
-        *_int64(m, n, base_stride_m, base_stride_n, stride_m, stride_n),
-        compute(1 / K),
-        compute(scale * (K / (K - 1))),
-    )
-    kernel = f"etf_rank_one_add_kernel<{_ELEMENTS[dtype]}, {_ELEMENTS[out_dtype]}>"
-    yield Launch(kernel, _ceil_div(m, sizes["ROWS"]) * column_blocks, threads, add)
-
-
 def _gram(
     x: torch.Tensor, result: torch.Tensor, dtype: torch.dtype, batch: int, m: int, n: int, *strides: int
 ) -> Iterator[Launch]:
@@ -146,24 +105,20 @@ def _elect_merge(
     x: torch.Tensor,
     thresholds: torch.Tensor | None,
     weights: torch.Tensor | None,
-    starts: torch.Tensor | None,
     result: torch.Tensor,
     dtype: torch.dtype,
     tasks: int,
-    rows: int,
-    columns: int,
+    count: int,
     stride_t: int,
-    stride_row: int,
-    block_count: int,
 ) -> Iterator[Launch]:
-    wide = _aligned(x, stride_t, stride_row) and _aligned(result, columns)
+    wide = _aligned(x, stride_t) and _aligned(result, count)
     width = min(4, 16 // x.itemsize) if wide else 1
     threads = SIZES["elect_merge"]["THREADS"]
     arguments = (
-        *map(_address, (x, thresholds, weights, starts, result)),
-        *_int64(tasks, rows, columns, stride_t, stride_row, block_count),
+        *map(_address, (x, thresholds, weights, result)),
+        *_int64(tasks, count, stride_t),
     )
-    blocks = rows * _ceil_div(columns, threads * width)
+    blocks = _ceil_div(count, threads * width)
     yield Launch(f"elect_merge_kernel<{_ELEMENTS[dtype]}, {width}>", blocks, threads, arguments)
 
 
@@ -209,78 +164,16 @@ def _kth_largest_magnitude(
         yield Launch(f"kth_select_kernel<{_BITS[bits]}>", tasks, select_threads, select)
 
 
-def _jacobi_threads(n: int) -> int:
-    return 32 * min(max((n + 1) // 2, 1), SIZES["jacobi"]["MAX_WARPS"])
-
-
-def _jacobi_svd(
-    a: torch.Tensor,
-    u: torch.Tensor,
-    s: torch.Tensor,
-    v: torch.Tensor,
-    sweeps: torch.Tensor,
-    workspace: torch.Tensor,
-    dtype: torch.dtype,
-    in_shared: int,
-    batch: int,
-    m: int,
-    n: int,
-    *strides: int,
-) -> Iterator[Launch]:
-    if n == 0:
-        return
-    arguments = (
-        *map(_address, (a, u, s, v, sweeps, workspace)),
-        np.int64(batch),
-        np.int32(m),
-        np.int32(n),
-        *_int64(*strides),
-    )
-    shared = sum(((m | 1) * n, (n | 1) * n)[:in_shared]) * dtype.itemsize
-    kernel = f"jacobi_svd_kernel<{_ELEMENTS[dtype]}, {in_shared}>"
-    yield Launch(kernel, batch, _jacobi_threads(n), arguments, shared)
-
-
-def _jacobi_eigh(
-    a: torch.Tensor,
-    values: torch.Tensor,
-    vectors: torch.Tensor,
-    sweeps: torch.Tensor,
-    workspace: torch.Tensor,
-    dtype: torch.dtype,
-    in_shared: int,
-    batch: int,
-    n: int,
-    *strides: int,
-) -> Iterator[Launch]:
-    if n == 0:
-        return
-    arguments = (
-        *map(_address, (a, values, vectors, sweeps, workspace)),
-        np.int64(batch),
-        np.int32(n),
-        *_int64(*strides),
-    )
-    even = n + n % 2
-    shared = in_shared * even * (even + 1) * dtype.itemsize
-    kernel = f"jacobi_eigh_kernel<{_ELEMENTS[dtype]}, {in_shared}>"
-    yield Launch(kernel, batch, _jacobi_threads(n), arguments, shared)
-
-
 LAUNCHES: dict[str, Callable[..., Iterator[Launch]]] = {
     "elect_merge": _elect_merge,
     "etf_project": _etf_project,
-    "etf_project_add": _etf_project_add,
     "gram": _gram,
-    "jacobi_eigh": _jacobi_eigh,
-    "jacobi_svd": _jacobi_svd,
     "kth_largest_magnitude": _kth_largest_magnitude,
 }
-"""What each launcher csrc/cuda/<op>.cu launches, from the arguments that dirmerge.cuda passes."""
+"""What each launcher csrc/cuda/<op>.cu launches, from the arguments that dirmerge.backends.cuda passes."""
 
 
 WORKSPACES: dict[str, Callable[..., int]] = {
-    "etf_project_add_workspace": lambda n: SIZES["etf_project_add"]["SLICES"] * n * 8,
     "kth_largest_magnitude_workspace": lambda tasks: (
         tasks * (16 + 8 * SIZES["kth_largest_magnitude"]["BINS"])
     ),
@@ -327,7 +220,7 @@ class Library:
         return WORKSPACES[function](*arguments)
 
     def call(self, op: str, device: torch.device, *arguments: object) -> None:
-        """Launches op on the device and its current stream; see dirmerge.cuda.Library.call.
+        """Launches op on the device and its current stream; see dirmerge.backends.cuda.Library.call.
 
         Raises:
             RuntimeError: NVRTC or the launch failed; names the op and the reason.
@@ -343,10 +236,7 @@ class Library:
                     continue
                 try:
                     kernel = self._kernel(op, launch.kernel)
-                    if launch.shared_bytes > 48 << 10:
-                        kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
-                    grid = (min(launch.blocks, MAX_BLOCKS),)
-                    kernel(grid, (launch.threads,), launch.arguments, shared_mem=launch.shared_bytes)
+                    kernel((min(launch.blocks, MAX_BLOCKS),), (launch.threads,), launch.arguments)
                 except (RuntimeError, self._cupy.cuda.compiler.CompileException) as error:
                     raise RuntimeError(f"{op}: the CUDA kernel was not launched: {error}") from error
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dirmerge import cuda
+from dirmerge.backends import cuda
 
 PREFERENCE = ("native", "triton", "torch")
 """The order in which `auto` looks for an implementation."""
@@ -49,17 +49,6 @@ class Implementation:
     function: Callable[..., Any]
     devices: frozenset[str] | None
     dtypes: frozenset[torch.dtype] | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of `dirmerge doctor`: what an op runs for a device and dtype, and why nothing faster."""
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    implementation: str
-    reason: str
 
 
 # Under one backend an op may have several, for different devices: "native" is C++ on a CPU, CUDA C++ on CUDA.
@@ -154,6 +143,11 @@ def preference(op: str) -> tuple[str, ...]:
     return _PREFERENCE_OF.get(op, PREFERENCE)
 
 
+def ops() -> list[str]:
+    """Returns the names of the ops in the table, sorted; importing dirmerge.ops fills it."""
+    return sorted({op for op, _ in _implementations})
+
+
 def implementations(op: str, device: str) -> dict[str, Implementation]:
     """Returns the implementations of op for a device by backend, whether they can run here or not."""
     return {
@@ -165,10 +159,18 @@ def implementations(op: str, device: str) -> dict[str, Implementation]:
     }
 
 
-def _find(
+def find(
     op: str, name: str, device: str, dtype: torch.dtype, forced: str
 ) -> tuple[Implementation | None, str]:
-    """The implementation of op under the named backend while one is forced, or None and the reason."""
+    """Returns what runs op under the named backend, or None and the reason.
+
+    Args:
+        op: name of the op.
+        name: one of PREFERENCE.
+        device: type of the device.
+        dtype: dtype of the input.
+        forced: the backend in force, "auto" for none.
+    """
     all_found = _implementations.get((op, name))
     if not all_found:
         return None, f"{op} has no {name} kernel"
@@ -193,7 +195,7 @@ def _find(
 @functools.cache
 def _select(op: str, forced: str, device: str, dtype: torch.dtype) -> Callable[..., Any]:
     for name in preference(op) if forced == "auto" else (forced,):
-        found, reason = _find(op, name, device, dtype, forced)
+        found, reason = find(op, name, device, dtype, forced)
         if found is not None:
             return found.function
     raise RuntimeError(f'backend("{forced}") was asked for, but {reason}')
@@ -225,25 +227,3 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-
-
-def table() -> list[Row]:
-    """Returns what every op runs under "auto", for each device of this machine and each dtype."""
-    import dirmerge.ops  # noqa: F401  its modules fill the table
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows = []
-    for op in sorted({op for op, _ in _implementations}):
-        for device in devices:
-            for dtype in FLOATING:
-                reasons: list[str] = []
-                for name in preference(op):
-                    if name == "triton" and device == "cpu":
-                        # No CPU is slower for want of it.
-                        continue
-                    found, reason = _find(op, name, device, dtype, "auto")
-                    if found is not None:
-                        rows.append(Row(op, device, dtype, name, "; ".join(reasons)))
-                        break
-                    reasons.append(reason)
-    return rows
