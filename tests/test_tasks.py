@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.tasks import __main__ as command_line
-from benchmarks.tasks import alignment, experiments, report, sweep
+from benchmarks.tasks import alignment, experiments, report, sweep, updates
 from benchmarks.tasks import setting as setting_module
 from benchmarks.tasks.experiments import Post, Variant
+from benchmarks.tasks.groups import Group
 from benchmarks.tasks.setting import Setting
 from benchmarks.tasks.store import Results, ResultsError, pack, read, unpack
-from benchmarks.tasks.sweep import FineTunes, merge
 from benchmarks.tasks.train import Recipe
+from benchmarks.tasks.updates import FineTunes, merge
 from dirmerge import merge_deltas
 from dirmerge.alignment import LearnOptions
 from dirmerge.deltas.lowrank import LowRank
@@ -159,12 +160,12 @@ def test_the_scan_goes_on_while_it_gains_and_stops_after_two_losses(monkeypatch)
     setting = SimpleNamespace(
         kind="full", model=None, base=None, validation=[], bf16=False, own_accuracy=lambda split: {"a": 1.0}
     )
-    curve = sweep.scan(setting, sweep.Merge({}, alignment=0.5))
+    curve = sweep.scan(setting, updates.Merge({}, alignment=0.5))
     assert [point["alignment"] for point in curve] == [0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5]
     assert max(curve, key=lambda point: point["normalised"])["scale"] == pytest.approx(2.3)
 
 
-def group(rows: dict[int, dict[str, dict[str, str]]], own: str) -> report.Group:
+def group(rows: dict[int, dict[str, dict[str, str]]], own: str) -> Group:
     about = {
         "set": "s",
         "kind": "full",
@@ -173,7 +174,7 @@ def group(rows: dict[int, dict[str, dict[str, str]]], own: str) -> report.Group:
         "validation_texts": 1,
         "test_texts": 1,
     }
-    return report.Group(
+    return Group(
         {
             seed: {
                 "about": about,
@@ -264,12 +265,12 @@ def test_a_row_is_of_the_merged_model_whenever_the_texts_are_read(tiny) -> None:
     row = command_line.measure(tiny(), "average", Variant("average"))
     encoder = load_encoder(measured.folder)
     update = merge(measured.finetunes, Variant("average"))
-    sweep.set_weights(encoder, measured.base, update, row["scale"])
-    expected = sweep.evaluate(encoder, measured.test, bf16=False)
+    updates.set_weights(encoder, measured.base, update, row["scale"])
+    expected = updates.evaluate(encoder, measured.test, bf16=False)
     assert {task: unpack(hits) for task, hits in row["test"].items()} == expected
     assert row["test"] != own["base_test"]
     assert measured.normalised(row["test"]) == pytest.approx(
-        sum(sweep.mean(expected[t]) / sweep.mean(unpack(own["own_test"][t])) for t in expected) / 2
+        sum(updates.mean(expected[t]) / updates.mean(unpack(own["own_test"][t])) for t in expected) / 2
     )
 
 

@@ -20,7 +20,8 @@ from benchmarks.tasks import alignment, report
 from benchmarks.tasks.experiments import PLAN, STUDIES, VALIDATION_ONLY, Variant, rows_of
 from benchmarks.tasks.setting import Setting, add_arguments, settings
 from benchmarks.tasks.store import Row
-from benchmarks.tasks.sweep import merge, scan, set_weights
+from benchmarks.tasks.sweep import scan
+from benchmarks.tasks.updates import merge, set_weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from benchmarks.tasks import report
 from benchmarks.tasks.experiments import rows_of
 from benchmarks.tasks.setting import Setting, add_arguments, settings
 from benchmarks.tasks.store import Row, pack
-from benchmarks.tasks.sweep import Merge, merge, set_weights
+from benchmarks.tasks.updates import Merge, merge, set_weights
 from dirmerge.alignment import (
     AlignmentTask,
     Head,

@@ -19,7 +19,7 @@ import torch
 from benchmarks.tasks.experiments import Variant
 from benchmarks.tasks.setting import Setting
 from benchmarks.tasks.store import FOLDER
-from benchmarks.tasks.sweep import evaluate, mean, merge, set_weights
+from benchmarks.tasks.updates import evaluate, mean, merge, set_weights
 from dirmerge.demo.sources import Archives
 from dirmerge.methods import get_method
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.tasks.experiments import KINDS
-
-if TYPE_CHECKING:
-    from benchmarks.tasks.report import Group
+from benchmarks.tasks.groups import Group
 
 # One colour per method on every plot, dark enough for a white page.
 COLOURS = {

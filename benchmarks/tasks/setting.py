@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.tasks import debian
 from benchmarks.tasks.experiments import SETS
 from benchmarks.tasks.store import FOLDER, Results, Row, pack, unpack
-from benchmarks.tasks.sweep import FineTunes, evaluate, load_finetunes, mean, set_weights
 from benchmarks.tasks.train import RECIPES, train
+from benchmarks.tasks.updates import FineTunes, evaluate, load_finetunes, mean, set_weights
 from dirmerge.demo.data import TASKS, TaskData, prepare
 from dirmerge.demo.evaluate import Probe, make_probe
 from dirmerge.demo.model import Tokenizer, bfloat16_pays, load_encoder

@@ -143,7 +143,7 @@ def svd_truncated(
         raise ValueError(f"power_iterations must be at least 0, got {power_iterations}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
-    if not isinstance(a, MatrixLike):
+    if isinstance(a, Tensor) or not isinstance(a, MatrixLike):
         a = finite(working(a, "a"), "a")
     m, n = a.shape[-2:]
     p = min(m, n)
