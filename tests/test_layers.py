@@ -11,7 +11,7 @@ import dirmerge
 
 ROOT = Path(dirmerge.__file__).parent
 
-# From the lowest floor to the highest: a module imports from its own floor's package and from those before it.
+# From the lowest floor to the highest: a module imports from its own floor and from those before it.
 LAYERS = [
     "errors",
     "arrays",

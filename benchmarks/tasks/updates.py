@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from dirmerge.methods.common import Factors, factor_tasks, kept_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +20,8 @@ from dirmerge.linalg import polar
 from dirmerge.methods import Tasks, get_method, merge_tasks
 from dirmerge.methods.mda import column_signs
 from dirmerge.methods.scale import alignment_terms
+from dirmerge.methods.spectral import factor_tasks
+from dirmerge.methods.tasks import Factors, kept_ranks
 from dirmerge.ops import etf_project
 
 

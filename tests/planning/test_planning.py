@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import save_file
 
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
-from dirmerge.planning import make_plan
+from dirmerge.planning import Plan, make_plan
 from dirmerge.planning.names import common_prefix, is_table, layer_depths
 from dirmerge.recipe import load_recipe
 
@@ -407,3 +408,27 @@ def test_unsupported_dtype_is_refused(models):
     save_file({"norm.weight": torch.zeros(16).to(torch.float8_e4m3fn)}, models / "fp8" / "model.safetensors")
     with pytest.raises(CheckpointError, match="float8_e4m3fn"):
         plan(models, "fp8")
+
+
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_a_plan_is_plain_data_that_opens_again(models, as_adapter):
+    write_adapter_folder(models / "x")
+    write_adapter_folder(models / "y", seed=1)
+    names = ("x", "y") if as_adapter else ("a", "x")
+    planned = plan(models, *names, base=None if as_adapter else "base", as_adapter=as_adapter)
+    again = Plan.from_dict(json.loads(json.dumps(planned.to_dict())))
+    assert again == planned
+    assert again.to_dict() == planned.to_dict()
+    assert again.fingerprint() == planned.fingerprint()
+    with again.open() as inputs:
+        assert [task.modules for task in inputs.tasks] == [task.modules for task in planned.open().tasks]
+    changed = replace(again, seed=7, _inputs=None)
+    assert changed.fingerprint() != planned.fingerprint()
+    planned.close()
+    adapter = models / "x" / "adapter_model.safetensors"
+    write_adapter_folder(models / "x2", rank=2)
+    adapter.write_bytes((models / "x2" / "adapter_model.safetensors").read_bytes())
+    config = models / "x" / "adapter_config.json"
+    config.write_bytes((models / "x2" / "adapter_config.json").read_bytes())
+    with pytest.raises(MismatchError, match="has changed since the merge was planned"):
+        replace(again, _inputs=None).open()
