@@ -234,7 +234,8 @@ class InputPlan(Place):
             for path in item.files
         )
         base_name = item.adapter.base_name if item.adapter is not None else None
-        return cls(**vars(item.place), files=files, base_name=base_name)
+        place = item.place
+        return cls(place.label, place.kind, place.checkpoint, place.adapter, files, base_name)
 
     @property
     def adapter_only(self) -> bool:

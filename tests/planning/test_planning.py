@@ -426,7 +426,7 @@ def test_a_plan_is_plain_data_that_opens_again(models, as_adapter):
     assert changed.fingerprint() != planned.fingerprint()
     planned.close()
     adapter = models / "x" / "adapter_model.safetensors"
-    write_adapter_folder(models / "x2", rank=2)
+    write_adapter_folder(models / "x2", rank=3)
     adapter.write_bytes((models / "x2" / "adapter_model.safetensors").read_bytes())
     config = models / "x" / "adapter_config.json"
     config.write_bytes((models / "x2" / "adapter_config.json").read_bytes())
