@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -285,7 +288,8 @@ def main() -> None:
 def _errors(log: LogKind) -> Iterator[None]:
     """Turn errors that the user can act on into one sentence on standard error and their exit code."""
     try:
-        yield
+        with _termination():
+            yield
     except DirmergeError as error:
         if log is LogKind.json:
             _print_json({"event": "error", "message": str(error), "exit_code": error.exit_code})
@@ -294,6 +298,30 @@ def _errors(log: LogKind) -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.echo("dirmerge: interrupted, nothing was written", err=True)
         raise typer.Exit(130) from error
+    except _Terminated as error:
+        typer.echo("dirmerge: terminated, nothing was written", err=True)
+        raise typer.Exit(128 + signal.SIGTERM) from error
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: everything on the way out cleans up, as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Raise _Terminated at SIGTERM, instead of leaving files behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_json(event: dict[str, Any]) -> None:
@@ -362,7 +390,7 @@ def _print_alignment(result: AlignResult) -> None:
 
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """Show a progress bar on standard error: tensors, bytes, time left."""
+    """Show progress on standard error: a bar on a terminal, lines in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -376,7 +404,10 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _ProgressLines(time.monotonic)
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("merge", total=1.0, tensors="0", bytes="")
 
         def update(step: Any) -> None:
@@ -391,6 +422,34 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
             )
 
         yield update
+
+
+class _ProgressLines:
+    """Prints a line on standard error every LINE_SECONDS, so that an hour's merge is not silent in a log.
+
+    Args:
+        clock: seconds.
+    """
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started = self._last = clock()
+
+    def __call__(self, step: Progress) -> None:
+        now = self._clock()
+        if now - self._last < self.LINE_SECONDS:
+            return
+        self._last = now
+        seconds = now - self._started
+        parts = [f"{step.phase}: {step.done}/{step.total} tensors", f"{100 * step.work:.0f} %"]
+        if step.output_bytes:
+            parts.append(f"{_bytes(step.written_bytes)}/{_bytes(step.output_bytes)} written")
+        parts.append(f"{seconds:.0f} s")
+        if step.work > 0:
+            parts.append(f"about {seconds * (1 - step.work) / step.work:.0f} s left")
+        typer.echo(", ".join(parts), err=True)
 
 
 def _print_plan(planned: Plan) -> None:

@@ -182,3 +182,38 @@ def test_module_and_version():
         [sys.executable, "-m", "dirmerge", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"dirmerge {__version__}"
+
+
+def test_progress_in_a_log_is_a_line_every_ten_seconds(capsys):
+    from dirmerge.cli import _ProgressLines
+    from dirmerge.engine.result import Progress
+
+    now = [0.0]
+    lines = _ProgressLines(lambda: now[0])
+    for second in range(1, 31):
+        now[0] = float(second)
+        lines(Progress("write", f"t{second}", second, 60, second * 10**6, 60 * 10**6, second / 60))
+    assert capsys.readouterr().err.splitlines() == [
+        "write: 10/60 tensors, 17 %, 10.0 MB/60.0 MB written, 10 s, about 50 s left",
+        "write: 20/60 tensors, 33 %, 20.0 MB/60.0 MB written, 20 s, about 40 s left",
+        "write: 30/60 tensors, 50 %, 30.0 MB/60.0 MB written, 30 s, about 30 s left",
+    ]
+
+
+def test_sigterm_leaves_nothing(models):
+    code = (
+        "import os, signal, sys\n"
+        "from dirmerge.engine import rules\n"
+        "def stop(*_):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "rules.RuleWriter.add = stop\n"
+        "from dirmerge.cli import main\n"
+        "main()\n"
+    )
+    before = {path.name for path in models.iterdir()}
+    arguments = ["merge", str(models / "recipe.yml"), "--out", str(models / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    assert "terminated, nothing was written" in done.stderr
+    assert {path.name for path in models.iterdir()} == before
