@@ -6,6 +6,7 @@ instead of giving wrong gradients. dirmerge.backends says which implementation r
 
 from dirmerge.ops import _triton  # noqa: F401  enters the Triton launchers into the table
 from dirmerge.ops.delta import Delta, delta
+from dirmerge.ops.delta_add import DeltaAdd, delta_add
 from dirmerge.ops.delta_sketch import DeltaSketch, delta_sketch
 from dirmerge.ops.elect_merge import elect_merge
 from dirmerge.ops.etf_project import etf_project
@@ -20,11 +21,13 @@ from dirmerge.ops.rotation_step import RotationStep, rotation_step
 
 __all__ = [
     "Delta",
+    "DeltaAdd",
     "DeltaSketch",
     "JacobiEigh",
     "JacobiSVD",
     "RotationStep",
     "delta",
+    "delta_add",
     "delta_sketch",
     "elect_merge",
     "etf_project",
