@@ -26,6 +26,16 @@ void read_origin(const Elements* base, std::int64_t start, std::int64_t count, V
     });
 }
 
+// difference = weight − origin.
+template <typename V>
+void read_difference(Elements weight, const V* origin, std::int64_t start, std::int64_t count,
+                     V* difference) {
+    with_type(weight.dtype, [&](auto type) {
+        const auto* const x = at<decltype(type)>(weight, start);
+        for (std::int64_t i = 0; i < count; ++i) difference[i] = static_cast<V>(widen(x[i])) - origin[i];
+    });
+}
+
 static inline std::uint16_t stored_bits(BFloat16 x) { return x.bits; }
 static inline std::uint16_t stored_bits(Float16 x) { return x.bits; }
 static inline std::uint32_t stored_bits(float x) { return to_bits(x); }
