@@ -20,15 +20,19 @@ template <typename T, typename V>
 
 template <typename V>
 std::int64_t add_block(const Elements* base, const Elements* weights, const double* coefficients,
-                       std::int64_t tasks, Elements result, std::int64_t start, std::int64_t count) {
+                       std::int64_t tasks, Elements result, std::int64_t start, std::int64_t count,
+                       std::int64_t next) {
     V origin[block], sum[block];
+    if (base != nullptr) prefetch(*base, start + count, next);
     read_origin(base, start, count, origin);
     for (std::int64_t i = 0; i < count; ++i) sum[i] = 0;
-    for (std::int64_t t = 0; t < tasks; ++t)
+    for (std::int64_t t = 0; t < tasks; ++t) {
+        prefetch(weights[t], start + count, next);
         with_type(weights[t].dtype, [&](auto type) {
             add_scaled_difference(at<decltype(type)>(weights[t], start), origin,
                                   static_cast<V>(coefficients[t]), count, sum);
         });
+    }
     // A difference that is not finite leaves a sum that is not, even times 0: results tell it all.
     return write_sum(origin, sum, V{1}, start, count, result);
 }
@@ -46,9 +50,11 @@ void delta_add(const Elements* base, const Elements* weights, const double* coef
         counts[s] = 0;
         for (std::int64_t start = s * span; start < stop; start += block) {
             const std::int64_t size = stop - start < block ? stop - start : block;
-            counts[s] += is_double
-                             ? add_block<double>(base, weights, coefficients, tasks, result, start, size)
-                             : add_block<float>(base, weights, coefficients, tasks, result, start, size);
+            const std::int64_t rest = count - start - size;
+            const std::int64_t next = rest < block ? rest : block;
+            counts[s] +=
+                is_double ? add_block<double>(base, weights, coefficients, tasks, result, start, size, next)
+                          : add_block<float>(base, weights, coefficients, tasks, result, start, size, next);
         }
     });
     *nonfinite = 0;

@@ -12,12 +12,14 @@ constexpr std::int64_t group = 64;  // segments per task of a thread
 template <typename V>
 std::int64_t elect_segment(const Elements* base, const Elements* weights, const V* thresholds,
                            const double* election_weights, std::int64_t tasks, V scale, Elements result,
-                           std::int64_t start, std::int64_t count) {
+                           std::int64_t start, std::int64_t count, std::int64_t next) {
     Election<V> sums;
     V origin[election_width], values[election_width];
+    if (base != nullptr) prefetch(*base, start + count, next);
     read_origin(base, start, count, origin);
     clear(sums, count);
     for (std::int64_t t = 0; t < tasks; ++t) {
+        prefetch(weights[t], start + count, next);
         read_difference(weights[t], origin, start, count, values);
         add_to_election(values, static_cast<V>(election_weights[t]),
                         thresholds == nullptr ? V{0} : thresholds[t], count, sums);
@@ -40,8 +42,10 @@ void elect_all(const Elements* base, const Elements* weights, const V* threshold
         counts[s] = 0;
         for (std::int64_t start = s * span; start < stop; start += election_width) {
             const std::int64_t size = stop - start < election_width ? stop - start : election_width;
-            counts[s] +=
-                elect_segment(base, weights, thresholds, election_weights, tasks, scale, result, start, size);
+            const std::int64_t rest = count - start - size;
+            const std::int64_t next = rest < election_width ? rest : election_width;
+            counts[s] += elect_segment(base, weights, thresholds, election_weights, tasks, scale, result,
+                                       start, size, next);
         }
     });
     *nonfinite = 0;

@@ -15,27 +15,25 @@ struct Differences {
     const Elements* base;
     Elements weight;
 
-    const Bits* read(std::int64_t start, std::int64_t count, Bits* buffer) const {
-        V origin[part], difference[part];
-        for (std::int64_t i = 0; i < count; i += part) {
-            const std::int64_t size = count - i < part ? count - i : part;
-            read_origin(base, start + i, size, origin);
-            read_difference(weight, origin, start + i, size, difference);
-            std::memcpy(buffer + i, difference, static_cast<std::size_t>(size) * sizeof(V));
-        }
-        return buffer;
-    }
+    std::int64_t size;
+    std::int64_t* nonfinite;  // of each piece: every pass finds the same
 
-    std::int64_t count_nonfinite_of(std::int64_t start, std::int64_t count) const {
+    const Bits* read(std::int64_t start, std::int64_t count, Bits* buffer) const {
         V origin[part], difference[part];
         std::int64_t found = 0;
         for (std::int64_t i = 0; i < count; i += part) {
-            const std::int64_t size = count - i < part ? count - i : part;
-            read_origin(base, start + i, size, origin);
-            read_difference(weight, origin, start + i, size, difference);
-            found += count_nonfinite(difference, size);
+            const std::int64_t width = count - i < part ? count - i : part;
+            const std::int64_t rest = size - start - i - width;
+            const std::int64_t next = rest < part ? rest : part;
+            if (base != nullptr) prefetch(*base, start + i + width, next);
+            prefetch(weight, start + i + width, next);
+            read_origin(base, start + i, width, origin);
+            read_difference(weight, origin, start + i, width, difference);
+            found += count_nonfinite(difference, width);
+            std::memcpy(buffer + i, difference, static_cast<std::size_t>(width) * sizeof(V));
         }
-        return found;
+        nonfinite[start / piece] = found;
+        return buffer;
     }
 };
 
@@ -47,12 +45,8 @@ void select_tasks(const Elements* base, const Elements* weights, std::int64_t ta
     const Scratch scratch(static_cast<std::size_t>(pieces) * sizeof(std::int64_t));
     std::int64_t* const counts = static_cast<std::int64_t*>(scratch.data());
     for (std::int64_t t = 0; t < tasks; ++t) {
-        const Differences<V> differences{base, weights[t]};
+        const Differences<V> differences{base, weights[t], count, counts};
         result[t] = from_bits(select(differences, count, k, threads));
-        parallel_for(pieces, threads_for(count, threads), [&](std::int64_t p) {
-            const std::int64_t start = p * piece;
-            counts[p] = differences.count_nonfinite_of(start, count - start < piece ? count - start : piece);
-        });
         for (std::int64_t p = 0; p < pieces; ++p) *nonfinite += counts[p];
     }
 }

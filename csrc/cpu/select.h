@@ -123,7 +123,8 @@ std::int64_t narrow_search(const Source& source, std::int64_t count, int threads
     const std::size_t buffer_size = Source::needs_buffer ? piece : 0;
     const Scratch buffers_memory(static_cast<std::size_t>(threads) * buffer_size * sizeof(U));
     U* const buffers = static_cast<U*>(buffers_memory.data());
-    const std::int64_t slice = (count + threads - 1) / threads;
+    // Of whole pieces, so that a source sees the same pieces at every pass.
+    const std::int64_t slice = ((count + threads - 1) / threads + piece - 1) / piece * piece;
     const auto for_slices = [&](const auto& body) {
         parallel_for(threads, threads, [&](std::int64_t t) {
             const std::int64_t start = t * slice < count ? t * slice : count;
