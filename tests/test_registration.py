@@ -27,6 +27,33 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((matrices(7, 5).T.bfloat16(), matrices(5, 7).half()), {}),
         ((matrices(0, 3).double(), matrices(0, 3)), {}),
     ],
+    "delta_add": [
+        ((matrices(5, 7), [matrices(5, 7)], [0.5]), {}),
+        (
+            (matrices(7, 5).T.bfloat16(), [matrices(5, 7), matrices(7, 5).half().T], [0.5, -1.0]),
+            {"out_dtype": torch.float64},
+        ),
+        ((None, [matrices(7, 5).T.bfloat16(), matrices(5, 7)], [0.5, 1.0]), {}),
+        ((matrices(0, 3), [matrices(0, 3)], [1.0]), {}),
+    ],
+    "delta_elect_add": [
+        ((matrices(5, 7), [matrices(5, 7)], None, [0.5]), {"scale": 1.0}),
+        (
+            (
+                matrices(7, 5).T.bfloat16(),
+                [matrices(5, 7), matrices(7, 5).half().T],
+                torch.ones(2),
+                [0.5, 1.0],
+            ),
+            {"scale": 0.5, "out_dtype": torch.float64},
+        ),
+        ((None, [matrices(5, 7).half(), matrices(5, 7)], torch.ones(2).double(), [0.5, 1.0]), {"scale": 2.0}),
+    ],
+    "delta_kth_magnitude": [
+        ((matrices(5, 7) + 1, [matrices(5, 7)], 3), {}),
+        ((matrices(7, 5).T.bfloat16(), [matrices(5, 7), matrices(7, 5).half().T], 35), {}),
+        ((None, [matrices(5, 7).double()], 1), {}),
+    ],
     "delta_sketch": [
         ((matrices(5, 7), [matrices(5, 7)]), {"width": 3, "seed": 2**40}),
         (

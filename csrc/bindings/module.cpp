@@ -89,6 +89,79 @@ std::pair<double, std::int64_t> delta(const View& finetuned, const View& base, c
     return {sum_of_squares, nonfinite};
 }
 
+// The arguments that the fused kernels over a base and several weights share.
+struct Weights {
+    std::optional<Elements> base;
+    std::vector<Elements> tasks;
+    bool is_double = false;
+
+    Weights(const Checks& checks, const std::optional<View>& base_view, const std::vector<View>& views) {
+        checks.require(!views.empty(), "weights must be T >= 1 arrays");
+        const auto add = [&](const View& view) {
+            checks.require(view.shape == views[0].shape, "base and weights must have the same shape");
+            checks.require(view.is_contiguous(), "base and weights must be contiguous");
+            is_double = is_double || view.dtype == DType::float64;
+            return elements(view);
+        };
+        if (base_view) base = add(*base_view);
+        for (const View& view : views) tasks.push_back(add(view));
+    }
+
+    const Elements* base_data() const { return base ? &*base : nullptr; }
+    std::int64_t count() const { return static_cast<std::int64_t>(tasks.size()); }
+};
+
+std::int64_t delta_add(const std::optional<View>& base, const std::vector<View>& weights,
+                       const std::vector<double>& coefficients, const View& result, int threads) {
+    const Checks checks("delta_add");
+    const Weights inputs(checks, base, weights);
+    checks.require(coefficients.size() == weights.size(), "coefficients must be T numbers");
+    checks.output(result, weights[0].shape, result.dtype);
+    std::int64_t nonfinite;
+    const py::gil_scoped_release release;
+    kernels().delta_add(inputs.base_data(), inputs.tasks.data(), coefficients.data(), inputs.count(),
+                        inputs.is_double, elements(result), result.count(), &nonfinite, threads);
+    return nonfinite;
+}
+
+std::int64_t delta_kth_magnitude(const std::optional<View>& base, const std::vector<View>& weights,
+                                 std::int64_t k, const View& result, int threads) {
+    const Checks checks("delta_kth_magnitude");
+    const Weights inputs(checks, base, weights);
+    checks.output(result, {inputs.count()}, inputs.is_double ? DType::float64 : DType::float32);
+    const std::int64_t count = weights[0].count();
+    checks.require(1 <= k && k <= count, "k must be from 1 to the size of a weight");
+    std::int64_t nonfinite;
+    const py::gil_scoped_release release;
+    kernels().delta_kth_magnitude(inputs.base_data(), inputs.tasks.data(), inputs.count(), inputs.is_double,
+                                  count, k, result.data, &nonfinite, threads);
+    return nonfinite;
+}
+
+std::int64_t delta_elect_add(const std::optional<View>& base, const std::vector<View>& weights,
+                             const std::optional<View>& thresholds,
+                             const std::vector<double>& election_weights, double scale, const View& result,
+                             int threads) {
+    const Checks checks("delta_elect_add");
+    const Weights inputs(checks, base, weights);
+    if (thresholds) {
+        checks.require(
+            thresholds->shape == std::vector<std::int64_t>{inputs.count()} && thresholds->is_contiguous(),
+            "thresholds must have shape (T,), contiguous");
+        checks.require(thresholds->dtype == (inputs.is_double ? DType::float64 : DType::float32),
+                       "thresholds must be float32 (float64 if an input is)");
+    }
+    checks.require(election_weights.size() == weights.size(), "election_weights must be T numbers");
+    checks.output(result, weights[0].shape, result.dtype);
+    std::int64_t nonfinite;
+    const py::gil_scoped_release release;
+    kernels().delta_elect_add(inputs.base_data(), inputs.tasks.data(),
+                              thresholds ? thresholds->data : nullptr, election_weights.data(),
+                              inputs.count(), inputs.is_double, scale, elements(result), result.count(),
+                              &nonfinite, threads);
+    return nonfinite;
+}
+
 void kth_largest_magnitude(const View& x, std::int64_t k, const View& result, int threads) {
     const Checks checks("kth_largest_magnitude");
     checks.require(x.dims() >= 2 && x.is_contiguous(1), "x must have shape (T, ...), each x[t] contiguous");
@@ -167,6 +240,19 @@ PYBIND11_MODULE(_C, module) {
     py::implicitly_convertible<py::array, View>();
     module.def("delta", &delta, py::arg("finetuned"), py::arg("base"), py::arg("value"), py::arg("threads"),
                "value = finetuned - base; returns the sum of squares and the number of non-finite entries.");
+    module.def(
+        "delta_add", &delta_add, py::arg("base"), py::arg("weights"), py::arg("coefficients"),
+        py::arg("result"), py::arg("threads"),
+        "result = base + sum of coefficients[t] * (weights[t] - base), rounded to nearest even; returns "
+        "the number of non-finite results.");
+    module.def("delta_kth_magnitude", &delta_kth_magnitude, py::arg("base"), py::arg("weights"), py::arg("k"),
+               py::arg("result"), py::arg("threads"),
+               "result[t] = k-th largest |weights[t] - base|; returns the number of non-finite differences.");
+    module.def("delta_elect_add", &delta_elect_add, py::arg("base"), py::arg("weights"),
+               py::arg("thresholds"), py::arg("election_weights"), py::arg("scale"), py::arg("result"),
+               py::arg("threads"),
+               "result = base + scale * elect_merge(weights - base), rounded to nearest even; returns the "
+               "number of non-finite results.");
     module.def("kth_largest_magnitude", &kth_largest_magnitude, py::arg("x"), py::arg("k"), py::arg("result"),
                py::arg("threads"), "result[t] = k-th largest |x[t]|.");
     module.def("elect_merge", &elect_merge, py::arg("x"), py::arg("thresholds"), py::arg("weights"),

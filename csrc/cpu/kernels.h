@@ -33,6 +33,24 @@ struct Kernels {
     void (*delta)(Elements finetuned, Elements base, void* value, std::int64_t count, double* sum_of_squares,
                   std::int64_t* nonfinite, int threads);
 
+    // result = round(base + Σ coefficients[t] · (weights[t] − base)) over `count` elements, with the number
+    // of non-finite results; in double if is_double, else in float. base may be null: then it is 0.
+    void (*delta_add)(const Elements* base, const Elements* weights, const double* coefficients,
+                      std::int64_t tasks, bool is_double, Elements result, std::int64_t count,
+                      std::int64_t* nonfinite, int threads);
+
+    // result[t] = k-th largest |weights[t] − base| of `count` elements, with the number of non-finite
+    // differences of all tasks; double if is_double, else float. base may be null: then it is 0.
+    void (*delta_kth_magnitude)(const Elements* base, const Elements* weights, std::int64_t tasks,
+                                bool is_double, std::int64_t count, std::int64_t k, void* result,
+                                std::int64_t* nonfinite, int threads);
+
+    // result = round(base + scale · elect_merge(weights[t] − base)) over `count` elements, with the number of
+    // non-finite results. thresholds, which may be null, are double if is_double, else float.
+    void (*delta_elect_add)(const Elements* base, const Elements* weights, const void* thresholds,
+                            const double* election_weights, std::int64_t tasks, bool is_double, double scale,
+                            Elements result, std::int64_t count, std::int64_t* nonfinite, int threads);
+
     // result[t] = k-th largest |x[t]| of `tasks` rows of `count` floats or doubles, task_stride elements
     // apart.
     void (*kth_largest_magnitude)(Elements x, std::int64_t tasks, std::int64_t count,

@@ -6,6 +6,9 @@ instead of giving wrong gradients. dirmerge.backends says which implementation r
 
 from dirmerge.ops import _triton  # noqa: F401  enters the Triton launchers into the table
 from dirmerge.ops.delta import Delta, delta
+from dirmerge.ops.delta_add import DeltaAdd, delta_add
+from dirmerge.ops.delta_elect_add import delta_elect_add
+from dirmerge.ops.delta_kth_magnitude import DeltaKthMagnitude, delta_kth_magnitude
 from dirmerge.ops.delta_sketch import DeltaSketch, delta_sketch
 from dirmerge.ops.elect_merge import elect_merge
 from dirmerge.ops.etf_project import etf_project
@@ -17,9 +20,14 @@ from dirmerge.ops.rotation_step import RotationStep, rotation_step
 
 __all__ = [
     "Delta",
+    "DeltaAdd",
+    "DeltaKthMagnitude",
     "DeltaSketch",
     "RotationStep",
     "delta",
+    "delta_add",
+    "delta_elect_add",
+    "delta_kth_magnitude",
     "delta_sketch",
     "elect_merge",
     "etf_project",

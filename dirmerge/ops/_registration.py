@@ -16,7 +16,8 @@ __all__ = ["check_floating", "compute_dtype", "register", "view"]
 def register(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines `dirmerge::<name>`, whose one kernel asks the backend table, and returns the callable overload.
 
-    The first argument of the op decides: its device and dtype select the implementation.
+    The first argument of the op decides: its device and dtype select the implementation. If it is an optional
+    tensor and absent, the first tensor of the list that follows decides.
 
     Args:
         name: name of the op.
@@ -26,8 +27,9 @@ def register(name: str, schema: str, *, fake: Callable[..., Any]) -> Callable[..
     qualified = f"dirmerge::{name}"
     torch.library.define(qualified, schema)
 
-    def kernel(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return backends.select(name, first.device, first.dtype)(first, *args, **kwargs)
+    def kernel(first: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        deciding: torch.Tensor = args[0][0] if first is None else first
+        return backends.select(name, deciding.device, deciding.dtype)(first, *args, **kwargs)
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(f"dirmerge.ops.{name} is not differentiable: detach its inputs")
