@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
+from dirmerge.checkpoints.hashing import ALGORITHMS, HASH, hash_file
 from dirmerge.checkpoints.reader import open_checkpoint, resolve
 from dirmerge.checkpoints.safetensors_io import read_json_object
-from dirmerge.checkpoints.writer import MANIFEST, sha256_file
+from dirmerge.checkpoints.writer import MANIFEST
 from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.diagnostics import measures
@@ -241,19 +242,20 @@ def _open_finished(folder: Path) -> tuple[dict[str, Any], Plan]:
 
 def _check_unchanged(path: Path, inputs: list[Any], plan: Plan) -> None:
     known = {
-        (number, file["name"]): file["sha256"]
+        (number, file["name"]): (algorithm, file[algorithm])
         for number, entry in enumerate(inputs)
         if isinstance(entry, dict)
         for file in entry.get("files", [])
-        if isinstance(file, dict)
-        and isinstance(file.get("name"), str)
-        and isinstance(file.get("sha256"), str)
+        if isinstance(file, dict) and isinstance(file.get("name"), str)
+        for algorithm in ALGORITHMS
+        if isinstance(file.get(algorithm), str)
     }
     for number, item in enumerate(plan.inputs):
         for file in item.files:
-            if known.get((number, Path(file.path).name)) != sha256_file(file.path):
+            algorithm, digest = known.get((number, Path(file.path).name), (HASH, None))
+            if digest is None or digest != hash_file(file.path, algorithm):
                 raise MismatchError(
-                    f"{file.path}: is not the file that was merged ({path} has another SHA-256 for this "
+                    f"{file.path}: is not the file that was merged ({path} has another hash for this "
                     "input, or none); merge again, or inspect the recipe instead"
                 )
 
@@ -393,7 +395,7 @@ class _Inspector:
         for start, stop in ranges:
             base = self.read.base(tensor.name, start, stop) if is_dense else None
             rows = [
-                self.read.rows(tensor, source, base, start, stop, updates.get(source.task))
+                self.read.rows(source, base, start, stop, updates.get(source.task))
                 .reshape(-1, n)
                 .mul_(source.weight)
                 for source in sources
