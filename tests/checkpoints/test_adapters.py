@@ -44,7 +44,7 @@ def bert() -> transformers.BertForSequenceClassification:
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=16,
-            num_labels=3,
+            num_labels=3,  # type: ignore[call-arg]  # a field of the base class, which the stub hides
             initializer_range=0.3,
         )
     ).eval()
@@ -97,7 +97,7 @@ def saved_and_merged(model: nn.Module, config: LoraConfig, folder: Path) -> dict
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config)
         train(adapted)
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(str(folder))
         return {name: value.clone() for name, value in adapted.merge_and_unload().state_dict().items()}
 
 
@@ -548,7 +548,7 @@ class TestWritingForPeft:
         shapes = {"a.b": 1, "axb": 2, "x.a.b": 3, "x.a.bb": 4, "q": 2, "r": 2}
         modules = [AdapterModule(name, (6, 6), rank) for name, rank in shapes.items()]
         write_adapter(tmp_path, modules, updates_for(modules).items())
-        config = LoraConfig.from_pretrained(tmp_path)
+        config = LoraConfig.from_pretrained(str(tmp_path))
         for name, rank in shapes.items():
             key = peft.utils.other.get_pattern_key(config.rank_pattern.keys(), name)
             assert config.rank_pattern.get(key, config.r) == rank, name
@@ -649,7 +649,7 @@ def test_what_peft_reads_we_read(tmp_path: Path) -> None:
     updates = write_adapter_folder(
         tmp_path, {f"model.{name}": shape for name, shape in list(MATRICES.items())[:2]}
     )
-    config = LoraConfig.from_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(str(tmp_path))
     assert config.r == 2
     for target in open_adapter(tmp_path).targets.values():
         torch.testing.assert_close(target.read().dense().double(), updates[target.name], rtol=1e-6, atol=1e-8)
