@@ -53,7 +53,8 @@ def inspect(
 
 
 def _print_inspection(found: Inspection, written: list[Path]) -> None:
-    from dirmerge.diagnostics.report import fixed, key_figures, number, share, short_names
+    from dirmerge.diagnostics.page import key_figures
+    from dirmerge.diagnostics.wording import fixed, number, share, short_names
 
     console = open_console()
     rows = [

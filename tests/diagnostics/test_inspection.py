@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_state, write_adapter_folder, write_model
 
 import dirmerge
-from dirmerge.diagnostics import Inspection, inspect, inspection, measures
+from dirmerge.diagnostics import Inspection, inspect, measures, measuring
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 
@@ -214,11 +214,11 @@ def test_matrices_that_no_task_changes_do_not_count_in_means(models, tmp_path):
 def test_signs_by_blocks_of_rows_and_spectra_of_large_matrices(models, monkeypatch):
     folder, _ = models
     whole = inspect(recipe(folder, "abc"))
-    monkeypatch.setattr(inspection, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(measuring, "BLOCK_ENTRIES", 100)
     for one, other in zip(inspect(recipe(folder, "abc")).parameters, whole.parameters, strict=True):
         assert one.sign_conflict == other.sign_conflict
         assert one.opposed == pytest.approx(other.opposed, rel=1e-6)
-    monkeypatch.setattr(inspection, "SPECTRUM_UP_TO", 0)
+    monkeypatch.setattr(measuring, "SPECTRUM_UP_TO", 0)
     for one, other in zip(inspect(recipe(folder, "abc")).parameters, whole.parameters, strict=True):
         assert one.accumulation == pytest.approx(other.accumulation[: len(one.accumulation)], rel=1e-4)
         for mine, theirs in zip(one.tasks, other.tasks, strict=True):
