@@ -19,16 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dirmerge.checkpoints.adapters import (
-    _HARMLESS,
-    _REFUSED,
-    Adapter,
-    AdapterModule,
-    AdapterWriter,
-    is_adapter,
-    open_adapter,
-    write_adapter,
-)
+from dirmerge.checkpoints.adapter_config import HARMLESS, REFUSED
+from dirmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, write_adapter
+from dirmerge.checkpoints.adapters import Adapter, is_adapter, open_adapter
 from dirmerge.checkpoints.reader import open_checkpoint
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError
@@ -266,14 +259,14 @@ class TestReadingAgainstPeft:
         content = json.loads((tmp_path / "adapter_config.json").read_text())
         write_json(tmp_path / "adapter_config.json", content | {"target_parameters": None})
         with pytest.raises(
-            CheckpointError, match=r"base_layer\.lora_A.*has a meaning that dirmerge does not know"
+            CheckpointError, match=r"base_layer\.lora_A.*is of a kind that dirmerge does not know"
         ):
             open_adapter(tmp_path)
 
     def test_every_option_of_peft_is_classified(self) -> None:
         options = {field.name for field in dataclasses.fields(LoraConfig)}
-        assert options <= _HARMLESS | _REFUSED.keys(), f"new in PEFT {peft.__version__}"
-        assert not _HARMLESS & _REFUSED.keys()
+        assert options <= HARMLESS | REFUSED.keys(), f"new in PEFT {peft.__version__}"
+        assert not HARMLESS & REFUSED.keys()
 
     def test_half_precision_factors_become_float32(self, tmp_path: Path) -> None:
         updates = write_adapter_folder(tmp_path, dtype=torch.bfloat16)
@@ -406,16 +399,16 @@ class TestHostileAdapters:
             ({"base_model.model.m.lora_magnitude_vector": torch.zeros(4)}, "uses DoRA"),
             (
                 {"base_model.model.m.lora_A.default.weight": torch.zeros(2, 6)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
-            ({"base_model.model.m.lora_diag": torch.zeros(2)}, "meaning that dirmerge does not know"),
+            ({"base_model.model.m.lora_diag": torch.zeros(2)}, "kind that dirmerge does not know"),
             (
                 {"base_model.model.m.modules_to_save.weight": torch.zeros(2)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
             (
                 {"base_model.model.x.token_adapter.deltas": torch.zeros(2)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
             ({"base_model.model.m.lora_embedding_A": torch.zeros(2, 6)}, "two kinds of factors"),
             (
@@ -431,7 +424,7 @@ class TestHostileAdapters:
                     "base_model.model.m.base_layer.bias": torch.zeros(4),
                     "base_model.model.m.bias": torch.zeros(4),
                 },
-                "is there twice",
+                "appears twice",
             ),
         ],
     )
