@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dirmerge import LowRank
 from dirmerge.alignment import AlignmentTask, Head, LearnOptions, Model, Pooled
+from dirmerge.alignment.heads import as_head
 from dirmerge.alignment.learning import _Run
 from dirmerge.alignment.losses import entropy
 from dirmerge.alignment.weights import ScaledUpdates
@@ -65,11 +66,16 @@ def _components(updates: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: value if isinstance(value, list) else [value] for name, value in updates.items()}
 
 
+def _entropy(task: AlignmentTask, model: Model) -> Tensor:
+    head = as_head(task.head)
+    return entropy(head.logits(task.read(model, task.batch_list()[0])))
+
+
 def _check(model: Model, updates: dict[str, Any], tasks: list[AlignmentTask]) -> None:
     """Asserts that the gradient of λ is autograd's, to float32."""
     weights = ScaledUpdates(model, _components(updates), 0.3)
     task = tasks[0]
-    entropy(task.head.logits(task.read(weights.model, task.batch_list()[0]))).backward()
+    _entropy(task, weights.model).backward()
     found = weights.gradient()
     scales = weights.start.clone().requires_grad_(True)
     direct: dict[str, Tensor] = {}
@@ -78,7 +84,7 @@ def _check(model: Model, updates: dict[str, Any], tasks: list[AlignmentTask]) ->
         change = sum(scales[g, c].float() * value for c, value in enumerate(dense))
         direct[name] = model.weight(name).detach() + change
     run = Model(model.module, direct)
-    entropy(task.head.logits(task.read(run, task.batch_list()[0]))).backward()
+    _entropy(task, run).backward()
     assert scales.grad is not None
     assert (found - scales.grad).norm() <= 1e-4 * scales.grad.norm()
 
@@ -101,7 +107,7 @@ def test_learning_step(benchmark: Any, form: str) -> None:
 
     def alone() -> None:
         for task in tasks:
-            entropy(task.head.logits(task.read(weights.model, task.batch_list()[0]))).backward()
+            _entropy(task, weights.model).backward()
         for leaf in weights.model.weights.values():
             leaf.grad = None
 

@@ -1,6 +1,7 @@
 """cover_space: polar([U_1 … U_T]) of eight adapters and of eight full fine-tunes, against torch's SVD."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_cover_space(
     bases = [inputs.orthonormal(m, rank) for _ in range(TASKS)]
     stacked = torch.cat(bases, 1)
 
-    def check(result: object) -> None:
+    def check(result: Any) -> None:
         frame = result if isinstance(result, torch.Tensor) else result.frame()
         assert float((frame.mT @ frame).sub(torch.eye(K)).norm()) <= 1e-3
         # Of all orthonormal frames the polar factor is nearest: its product with the bases is symmetric.

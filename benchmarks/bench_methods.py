@@ -54,7 +54,7 @@ def _measure_method(
     def call() -> Any:
         if variant == "dense":
             return dense(full, rank)
-        svd = {"svd": variant} if kind == "full" else {}
+        svd: dict[str, Any] = {"svd": variant} if kind == "full" else {}
         return dirmerge.merge_deltas(deltas, method, **svd, **options)
 
     def check(result: Any) -> None:
@@ -95,7 +95,7 @@ def test_tsv_m(measure: Any, affordable: Any, layer: Layer, kind: str, variant: 
 @KINDS
 def test_mda(measure: Any, affordable: Any, layer: Layer, kind: str, variant: str) -> None:
     # Its own default of ⌊m/T⌋ directions is more than p/T for tall matrices.
-    options = {"rank": min(layer.m, layer.n) // TASKS} if kind == "full" else {}
+    options: dict[str, Any] = {"rank": min(layer.m, layer.n) // TASKS} if kind == "full" else {}
     _measure_method(measure, affordable, layer, kind, variant, "mda", competitors.mda, **options)
 
 

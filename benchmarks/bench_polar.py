@@ -1,6 +1,7 @@
 """polar: the orthogonal factor of stacked task bases, by every method, against torch's and CuPy's SVD."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ VARIANTS = ("torch.linalg.svd", "cupy", "auto", "exact", "newton_schulz")
 
 
 def test_polar(
-    measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: str
+    measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: Any
 ) -> None:
     m, k = max(layer.m, layer.n), min(layer.m, layer.n)
     if variant == "newton_schulz":
@@ -27,7 +28,7 @@ def test_polar(
     u, v = torch.linalg.qr(torch.randn(m, k)).Q, torch.linalg.qr(torch.randn(k, k)).Q
     x = (u * torch.logspace(0, -1.7, k)) @ v.T
 
-    def check(result: object) -> None:
+    def check(result: Any) -> None:
         q = result if isinstance(result, torch.Tensor) else result.q
         assert float((q - u @ v.T).norm()) <= 1e-4 * k**0.5
         assert float((q.mT @ q).sub(torch.eye(k)).norm()) <= 2e-5 * k**0.5

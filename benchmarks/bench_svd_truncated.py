@@ -1,6 +1,7 @@
 """svd_truncated: the leading p/8 triplets, exact and randomized, against the full SVD of torch and CuPy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ VARIANTS = ("torch.linalg.svd", "cupy", "exact", "randomized")
 
 
 def test_svd_truncated(
-    measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: str
+    measure: Callable[..., None], affordable: Callable[[float], None], layer: Layer, variant: Any
 ) -> None:
     m, n = layer.m, layer.n
     p = min(m, n)
@@ -25,7 +26,7 @@ def test_svd_truncated(
     affordable(flops)
     a = inputs.delta(m, n)
 
-    def check(result: object) -> None:
+    def check(result: Any) -> None:
         u, s, v = result if isinstance(result, tuple) else (result.u, result.s, result.v)
         # Of an approximation with orthonormal factors, the energy it captures says how good it is.
         captured = float((u.double().mT @ a.double() @ v.double()).square().sum() / a.double().square().sum())

@@ -127,7 +127,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             f"OPS must be among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}"
         )
-    kept, left_out = [], []
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         assert isinstance(item, pytest.Function)
         is_asked = not ops or item.originalname.removeprefix("test_") in ops
@@ -206,7 +207,7 @@ def _arrays(value: Any, xp: Any) -> Any:
 def _tensors(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_tensors(one) for one in value)
-    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else value
+    return torch.utils.dlpack.from_dlpack(value) if hasattr(value, "__dlpack__") else value
 
 
 @pytest.fixture

@@ -112,7 +112,8 @@ def compile_op(op: str, arch: str) -> list[Row]:
         subprocess.run(
             [nvcc, *options, "-ptx", f"-arch={compute}", SOURCES / f"{op}.cu", "-o", ptx], check=True
         )
-        assemble = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas=-v", ptx, "-o", Path(folder) / "cubin"]
+        cubin = Path(folder) / "cubin"
+        assemble: list[str | Path] = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas=-v", ptx, "-o", cubin]
         report = subprocess.run(assemble, check=True, capture_output=True, text=True).stderr
         text = ptx.read_text()
     bounds = {

@@ -365,7 +365,7 @@ def read_numerics(process: subprocess.Popen[str]) -> dict[tuple[str, str], Accur
     """Waits for such a process and returns the accuracy of every form."""
     output, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"the kernels did not run on the CPU: {' '.join(map(str, process.args))} says why")
+        sys.exit(f"the kernels did not run on the CPU: {process.args!r} says why")
     return {(row.pop("op"), row.pop("form")): Accuracy(**row) for row in json.loads(output)}
 
 

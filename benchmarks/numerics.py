@@ -1,7 +1,7 @@
 """Every form of the kernels on the CPU, against float64 and beside torch: JSON on stdout.
 
     TRITON_INTERPRET=1 python -m benchmarks.numerics triton     in Triton's interpreter
-    python -m benchmarks.numerics cuda                          CUDA C++, emulated: tests/cuda/emulation.py
+    python -m benchmarks.numerics cuda                          CUDA C++, emulated: tests/emulation.py
 
 Processes of their own, started by benchmarks.kernels: Triton decides at its import whether it interprets.
 """
@@ -80,7 +80,7 @@ def _triton() -> list[dict[str, Any]]:
 
 
 def _cuda() -> list[dict[str, Any]]:
-    sys.path.insert(0, str(ROOT / "tests" / "cuda"))
+    sys.path.append(str(ROOT / "tests"))
     from emulation import CSRC, Emulated, compile_emulated
 
     forms = [form for form in FORMS if form.op in cuda_kernels.OPS]

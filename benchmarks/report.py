@@ -88,8 +88,8 @@ def _roof(entry: Entry) -> str:
 def microbenchmarks(run: dict[str, Any]) -> list[str]:
     """A table per op: the median of every implementation, the best one's ratio and distance to its roof."""
     by_op: dict[str, dict[Case, dict[str, Entry]]] = {}
-    for key, found in cases(run).items():
-        by_op.setdefault(key[0], {})[key] = found
+    for key, entries in cases(run).items():
+        by_op.setdefault(key[0], {})[key] = entries
     about = run["machine_info"]["dirmerge"]
     timers = {str(entry["options"]["timer"]).split(".")[-1].strip("'>") for entry in run["benchmarks"]}
     clock = ", ".join(CLOCKS.get(timer, timer) for timer in sorted(timers))

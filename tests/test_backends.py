@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ needs_native = pytest.mark.skipif(NATIVE_MISSING, reason="the native library is 
 
 
 @pytest.fixture
-def probe(monkeypatch: pytest.MonkeyPatch) -> str:
+def probe(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An op whose implementations return their names: on a CPU the native one takes float32 only."""
     monkeypatch.setattr(table, "_implementations", {})
     monkeypatch.setattr(table, "_native", object())

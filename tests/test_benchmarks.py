@@ -9,6 +9,7 @@ import hashlib
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ class TestCompetitors:
         x, thresholds = torch.randn(4, 24, 24), torch.rand(4)
         base, left, right = torch.randn(33, 24), torch.randn(33, 5), torch.randn(24, 5)
         signs = random_signs(24, 7, 3)
-        pairs = [
+        pairs: list[tuple[Callable[..., Any], list[Any], Any]] = [
             (competitors.elect_merge, [x, thresholds], ops.elect_merge(x, thresholds)),
             (competitors.etf_project, [x[0]], ops.etf_project(x[0])),
             (competitors.gram, [base], ops.gram(base)),
@@ -191,7 +192,7 @@ class TestCompetitors:
     @pytest.mark.parametrize("method", ["dc_merge", "tsv_m", "mda", "iso_c"])
     def test_methods(self, method: str) -> None:
         deltas = [inputs.delta(48, 40) for _ in range(4)]
-        options = {"rank": 10} if method == "mda" else {}
+        options: dict[str, Any] = {"rank": 10} if method == "mda" else {}
         dense = {
             "dc_merge": lambda: competitors.dc_merge(deltas, 10, average=False, size=40),
             "tsv_m": lambda: competitors.tsv_m(deltas, 10),

@@ -185,11 +185,11 @@ def test_module_and_version():
 
 
 def test_progress_in_a_log_is_a_line_every_ten_seconds(capsys):
-    from dirmerge.cli import _ProgressLines
+    from dirmerge.cli.progress import ProgressLines
     from dirmerge.engine.result import Progress
 
     now = [0.0]
-    lines = _ProgressLines(lambda: now[0])
+    lines = ProgressLines(lambda: now[0])
     for second in range(1, 31):
         now[0] = float(second)
         lines(Progress("write", f"t{second}", second, 60, second * 10**6, 60 * 10**6, second / 60))

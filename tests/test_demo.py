@@ -117,7 +117,7 @@ def test_a_failing_pip_is_explained(archives, monkeypatch, stderr, message):
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
     (archives.downloads / "Source-2.1.tar.gz").unlink()
-    monkeypatch.setattr(sources.subprocess, "run", fail)
+    monkeypatch.setattr("subprocess.run", fail)
     with pytest.raises(SourceError, match=message):
         archives.fetch()
     assert not list(archives.folder.glob("pip-*"))

@@ -43,7 +43,7 @@ SHAPES = [(33, 33), (70, 33), (33, 70), (199, 12), (1, 9), (9, 1)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact_svd_is_optimal_and_orthonormal(shape, kind, dtype, generator):
     p = min(shape)
-    truth = matrix(*shape, spectrum(kind, p), generator)
+    truth = matrix(shape[0], shape[1], spectrum(kind, p), generator)
     rank = max(1, p // 3)
     svd = linalg.svd_truncated(truth.to(dtype), rank, "exact")
     eps, top = torch.finfo(dtype).eps, float(torch.linalg.matrix_norm(truth, 2))
@@ -138,7 +138,8 @@ class Scaled:
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("shape", [(40, 30), (300, 210), (210, 300)])
 def test_svd_takes_whatever_multiplies_like_a_matrix(shape, method, generator):
-    a, calls = torch.randn(shape, generator=generator), []
+    a = torch.randn(shape, generator=generator)
+    calls: list[str] = []
     assert isinstance(Scaled(a, 2.0, calls), linalg.MatrixLike)
     assert not isinstance(a, linalg.MatrixLike)
     expected = linalg.svd_truncated(2 * a, 9, method, seed=4)
@@ -147,21 +148,21 @@ def test_svd_takes_whatever_multiplies_like_a_matrix(shape, method, generator):
     torch.testing.assert_close(found.dense(), expected.dense(), rtol=0, atol=1e-4 * float(expected.s[0]))
     assert ("sketch" in calls) == (method == "randomized")
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
-        linalg.svd_truncated("a matrix", 3)
+        linalg.svd_truncated("a matrix", 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda a: linalg.svd_truncated(a, 0), "rank must be at least 1"),
-        (lambda a: linalg.svd_truncated(a, 2, "fast"), "method must be"),
+        (lambda a: linalg.svd_truncated(a, 2, "fast"), "method must be"),  # type: ignore[arg-type]
         (lambda a: linalg.svd_truncated(a * math.nan, 2), "must be finite"),
         (lambda a: linalg.svd_truncated(a[0], 2), "must have shape"),
         (lambda a: linalg.svd_truncated(a.long(), 2), "floating-point"),
         (lambda a: linalg.svd_truncated(a, 2, tolerance=2.0), "tolerance"),
         (lambda a: linalg.svd_truncated(a, 2, "randomized", power_iterations=-1), "power_iterations"),
         (lambda a: linalg.polar(a / 0), "must be finite"),
-        (lambda a: linalg.polar(a, "svd"), "method must be"),
+        (lambda a: linalg.polar(a, "svd"), "method must be"),  # type: ignore[arg-type]
         (lambda a: linalg.polar(a, max_steps=0), "max_steps"),
         (lambda a: linalg.procrustes(a, a[:2]), "same shape"),
         (lambda a: linalg.simplex_etf(1, 3), "at least 2"),
@@ -182,7 +183,7 @@ def test_errors_say_what_is_wrong(call, message):
 def test_polar_factor_is_the_nearest_orthogonal_matrix(shape, method, dtype, generator):
     p = min(shape)
     s = torch.linspace(3, 0.2, p, dtype=torch.float64)
-    truth = matrix(*shape, s, generator)
+    truth = matrix(shape[0], shape[1], s, generator)
     u, _, vh = torch.linalg.svd(truth, full_matrices=False)
     found = linalg.polar(truth.to(dtype), method)
     limit = 2e-5 if dtype == torch.float32 else 1e-11
@@ -319,7 +320,7 @@ def fine_tune(m, n, generator, head=20, energy=0.75):
 
 @pytest.mark.parametrize("shape", [(300, 300), (520, 260), (260, 520)])
 def test_gram_form_of_the_svd_is_as_accurate_as_lapack(shape, generator):
-    truth = fine_tune(*shape, generator)
+    truth = fine_tune(shape[0], shape[1], generator)
     rank = min(shape) // 8
     u, s, vh = torch.linalg.svd(truth, full_matrices=False)
     best = (u[:, :rank] * s[:rank]) @ vh[:rank]

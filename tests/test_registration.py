@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,8 @@ CASES = [
 ]
 
 
-def overload(name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(torch.ops.dirmerge, name).default
+def overload(name: str) -> torch._ops.OpOverload[..., Any]:
+    found: torch._ops.OpOverload[..., Any] = getattr(torch.ops.dirmerge, name).default
     return found
 
 
@@ -133,7 +132,7 @@ def test_outputs_share_no_memory_with_inputs_and_are_contiguous(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_public_function_has_the_names_of_the_schema(name: str) -> None:
-    schema = [argument.name for argument in overload(name)._schema.arguments]  # type: ignore[attr-defined]
+    schema = [argument.name for argument in overload(name)._schema.arguments]
     assert list(inspect.signature(getattr(ops, name)).parameters) == schema
 
 

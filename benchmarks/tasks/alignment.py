@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ from dirmerge.linalg import etf_gap
 INPUTS = 512  # unlabelled texts per task
 BATCH = 16  # of them, per step of the learned form
 METHODS = ("task_arithmetic", "tsv_m", "dc_merge")
+
+MapKind = Literal["rotation", "ridge"]
+Start = Literal["identity", "rotation", "ridge"]
 
 
 def batches(probe: Probe, size: int) -> list[dict[str, Tensor]]:
@@ -146,7 +150,8 @@ def hits(
 def closed_form_rows(bench: Bench, method: str | None) -> None:
     """The rows `<method> + rotation` and `<method> + ridge`; None is the base model, the control."""
     setting, label = bench.setting, method or "base"
-    names = {kind: f"{label} + {kind}" for kind in ("rotation", "ridge")}
+    kinds: tuple[MapKind, ...] = ("rotation", "ridge")
+    names = {kind: f"{label} + {kind}" for kind in kinds}
     if all(setting.results.get(name) is not None for name in names.values()):
         return
     update, scale = None, 1.0
@@ -156,7 +161,7 @@ def closed_form_rows(bench: Bench, method: str | None) -> None:
     z = bench.features(update, scale, setting.test)
     for kind, name in names.items():
 
-        def compute(kind: str = kind) -> Row:
+        def compute(kind: MapKind = kind) -> Row:
             start = time.perf_counter()
             found = [
                 fit_task(task, a[t], own, bench.base_features[t], kind=kind, ridge=0.3, held_out=0.2)
@@ -183,7 +188,7 @@ def closed_form_rows(bench: Bench, method: str | None) -> None:
         bench.show(name, row, f"agreement held out {row['agreement']}")
 
 
-def learned_rows(bench: Bench, method: str, start: str, options: LearnOptions, suffix: str) -> None:
+def learned_rows(bench: Bench, method: str, start: Start, options: LearnOptions, suffix: str) -> None:
     """The learned form from a merge: the state after all steps, and the one that the guard keeps.
 
     Args:

@@ -31,7 +31,7 @@ def write(groups: Mapping[tuple[str, str], Group], folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    style = {
+    style: dict[Any, Any] = {
         "svg.hashsalt": "dirmerge",
         "svg.fonttype": "none",
         "font.size": 9,
@@ -56,7 +56,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    found = {}
+    found: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))

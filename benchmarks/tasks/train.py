@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -79,7 +80,7 @@ def train(
     own_seed = seed_of(recipe.kind, task.name, seed)
     torch.manual_seed(own_seed)
     tokenizer = Tokenizer(base_folder)
-    model = load_encoder(base_folder)
+    model: Any = load_encoder(base_folder)
     probe = make_probe(task, "train", model, tokenizer)
     if recipe.kind == "lora":
         import peft
@@ -137,7 +138,7 @@ def train(
     return record
 
 
-def save_adapter(model: torch.nn.Module, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path) -> None:
     """Writes a PEFT model's adapter in float16, with a config whose text does not depend on set order."""
     import peft
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from dirmerge.deltas.lowrank import LowRank
 from dirmerge.diagnostics.measures import directional_similarity, response
 
 TASKS = 8
-RULES: dict[str, dict[str, float]] = {
+RULES: dict[str, dict[str, Any]] = {
     "0.001 d²": {"keep": 1e-3},
     **{f"{k} r": {"keep_per_rank": k} for k in (1, 3, 10, 30)},
 }

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters, read and written exactly as PEFT means them.
+"""PEFT LoRA adapters, read exactly as PEFT means them.
 
 An adapter changes the weight of a module by ΔW = c · B A (transposed where the module stores its weight as
 (in, out)), with c = alpha / r, or alpha / √r with rsLoRA. Both factors stay factored: ΔW is never formed
@@ -14,26 +14,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.reader import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, pickle_error
-from dirmerge.checkpoints.safetensors_io import (
-    Entry,
-    SafetensorsFileWriter,
-    TensorInfo,
-    read_header,
-    read_json_object,
-    read_tensor,
-    write_json,
+from dirmerge.checkpoints.adapter_config import (
+    MERGE_FIRST,
+    PREFIX,
+    REFUSED,
+    check_config,
+    module_value,
+    refused,
 )
+from dirmerge.checkpoints.reader import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, pickle_error
+from dirmerge.checkpoints.safetensors_io import TensorInfo, read_header, read_json_object, read_tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError
 from dirmerge.linalg import all_finite
@@ -41,41 +39,9 @@ from dirmerge.linalg import all_finite
 Kind = Literal["linear", "conv1d", "embedding"]
 """How a module stores its weight: (out, in), transformers' Conv1D (in, out), or an embedding (count, dim)."""
 
-_PREFIX = "base_model.model."
-# Options that say how an adapter was trained or where it was put; the tensors say all that matters of it.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
-    "peft_type", "peft_version", "alpha_pattern", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-# Options under which the weight is not W + c·B A: name to what it is called.
-_REFUSED = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "arrow_config": "Arrow routing",
-    "ensure_weight_tying": "LoRA on tied weights (ensure_weight_tying)",
-    "kasa_config": "KaSA",
-    "layer_replication": "layer replication",
-    "lora_bias": "a bias on lora_B (lora_bias)",
-    "megatron_config": "Megatron layers",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on parameters such as fused experts (target_parameters)",
-    "trainable_token_indices": "trainable tokens",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
-}
-_MERGE_FIRST = (
-    "merge it into its base model with PEFT (merge_and_unload, then save_pretrained) and give that full "
-    "model instead"
-)
-# Initialisations that leave the base weights as they are.
-_PLAIN_INITS = {"eva", "gaussian", "mica", "orthogonal"}
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
-# Parts of names that PEFT inserts: what is left of them after the known cases has a meaning we do not know.
+# Parts of names that PEFT inserts: whatever the known cases leave of them is of an unknown kind.
 _RESERVED = re.compile(r"(^|\.)(lora_\w*|base_layer|modules_to_save|original_module|token_adapter)(\.|$)")
 
 
@@ -265,7 +231,7 @@ def open_adapter(path: str | Path) -> Adapter:
     if not config_path.is_file():
         raise CheckpointError(f"{path}: has no {ADAPTER_CONFIG}: not a PEFT adapter")
     config = read_json_object(config_path)
-    _check_config(config, config_path)
+    check_config(config, config_path)
     if not weights_path.is_file():
         pickles = [file for file in (path / "adapter_model.bin", path / "adapter_model.pt") if file.is_file()]
         if pickles:
@@ -277,9 +243,9 @@ def open_adapter(path: str | Path) -> Adapter:
     copies: dict[str, TensorInfo] = {}
     for key, info in read_header(weights_path)[0].items():
         where = f"{weights_path}: tensor {key!r}"
-        if not key.startswith(_PREFIX):
-            raise CheckpointError(f"{where} must start with {_PREFIX!r}, as PEFT writes it")
-        name = key.removeprefix(_PREFIX)
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"{where} must start with {PREFIX!r}, as PEFT writes it")
+        name = key.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name)
         if match and not _RESERVED.search(match["module"]):
             if match["embedding"]:
@@ -290,18 +256,18 @@ def open_adapter(path: str | Path) -> Adapter:
                 raise CheckpointError(f"{where}: the module has two kinds of factors")
             side[letter] = info
         elif name.endswith(".lora_B.bias"):
-            raise _refused(config_path, _REFUSED["lora_bias"])
+            raise refused(config_path, REFUSED["lora_bias"])
         elif ".lora_magnitude_vector" in name:
-            raise _refused(config_path, _REFUSED["use_dora"])
+            raise refused(config_path, REFUSED["use_dora"])
         elif (base := _BASE_LAYER.fullmatch(name)) and not _RESERVED.search(base["module"]):
             full, into = f"{base['module']}.{base['leaf']}", copies if base["leaf"] == "weight" else saved
             if full in into:
-                raise CheckpointError(f"{where} is there twice, with and without .base_layer")
+                raise CheckpointError(f"{where} appears twice: with and without `.base_layer`")
             into[full] = info
         elif _RESERVED.search(name):
-            raise CheckpointError(f"{where} has a meaning that dirmerge does not know; {_MERGE_FIRST}")
+            raise CheckpointError(f"{where} is of a kind that dirmerge does not know; {MERGE_FIRST}")
         elif name in saved:
-            raise CheckpointError(f"{where} is there twice, with and without .base_layer")
+            raise CheckpointError(f"{where} appears twice: with and without `.base_layer`")
         else:
             saved[name] = info
     if not factors and not saved:
@@ -320,261 +286,10 @@ def open_adapter(path: str | Path) -> Adapter:
     return Adapter(path, config, base_name, targets, saved, copies, [config_path, weights_path])
 
 
-@dataclass(frozen=True)
-class AdapterModule:
-    """A module of an adapter to be written.
-
-    Args:
-        name: the module, without ".weight".
-        shape: (m, n) of the weight that it changes, as the base model stores it.
-        rank: the rank to reserve; smaller updates are padded with zeros.
-        kind: how the module stores its weight.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    kind: Kind = "linear"
-
-
-class AdapterWriter:
-    """Writes a PEFT adapter module by module: one update in memory at a time.
-
-    The scaling is 1 for every module (alpha = r), so that PEFT's ΔW is the product of the factors, without
-    rsLoRA.
-
-    Args:
-        folder: where the two files go; created if missing.
-        modules: what will be written.
-        base_name: the base model's name or path for the configuration.
-        full: (name, dtype, shape) of full tensors (modules_to_save, biases), by their names in the base
-            model.
-        dtype: dtype of the factors.
-        task_type: PEFT's task type. Those with a head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS) are left out if no
-            full tensor is written, since PEFT would then look for the head in the file.
-        metadata: strings for the safetensors header.
-
-    Raises:
-        ValueError: for no modules, ranks below 1, repeated names, or full tensors that PEFT cannot express.
-        OutputError: if a file exists or cannot be written.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        modules: Sequence[AdapterModule],
-        *,
-        base_name: str | None = None,
-        full: Sequence[Entry] = (),
-        dtype: torch.dtype = torch.float32,
-        task_type: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self._modules = {module.name: module for module in modules}
-        self._dtype = dtype
-        if not modules or len(self._modules) != len(modules):
-            raise ValueError("modules must not be empty, and their names must be unique")
-        for module in modules:
-            if module.rank < 1:
-                raise ValueError(f"rank must be at least 1, got {module.rank} for {module.name!r}")
-        self._full = {name: self._full_key(name) for name, _, _ in full}
-        config = self._config(base_name, task_type)
-        entries: list[Entry] = []
-        for module in modules:
-            key_a, key_b = _keys(module)
-            out, size = module.shape if module.kind == "linear" else module.shape[::-1]
-            entries += [(key_a, dtype, (module.rank, size)), (key_b, dtype, (out, module.rank))]
-        entries += [(self._full[name], full_dtype, shape) for name, full_dtype, shape in full]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = SafetensorsFileWriter(
-            self.folder / ADAPTER_WEIGHTS, entries, metadata or {"format": "pt"}
-        )
-        write_json(self.folder / ADAPTER_CONFIG, config)
-
-    def __enter__(self) -> AdapterWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.abort()
-
-    def write(self, module: str, update: LowRank) -> None:
-        """Writes the update of one module.
-
-        Args:
-            module: its name.
-            update: (m, n) as the base model stores the weight, of at most the planned rank.
-
-        Raises:
-            ValueError: for an unknown module, another shape or a larger rank than planned.
-            NonFiniteError: if a factor is not finite, or not in the output's dtype.
-        """
-        if module not in self._modules:
-            raise ValueError(f"{module!r} is not a planned module of {self.folder}")
-        planned = self._modules[module]
-        if update.shape != planned.shape or update.rank > planned.rank:
-            raise ValueError(
-                f"the update of {module!r} must have shape {planned.shape} and rank at most "
-                f"{planned.rank}, got {update.shape} and {update.rank}"
-            )
-        left, right = update.folded()
-        b, a = (left, right) if planned.kind == "linear" else (right, left)
-        for key, factor in zip(_keys(planned), (a, b), strict=True):
-            stored = factor.to(self._dtype)
-            if update.rank < planned.rank:
-                stored = torch.nn.functional.pad(stored, (0, planned.rank - update.rank))
-            if not all_finite(stored):
-                raise NonFiniteError(f"{self._file.path}: tensor {key!r} is not finite in {self._dtype}")
-            self._file.write(key, stored.mT if factor is a else stored)
-
-    def write_full(self, name: str, tensor: Tensor, start: int | None = None) -> None:
-        """Writes a full tensor, or its rows from `start` on; see SafetensorsFileWriter.write."""
-        if name not in self._full:
-            raise ValueError(f"{name!r} is not a planned full tensor of {self.folder}")
-        self._file.write(self._full[name], tensor, start)
-
-    def close(self) -> None:
-        """Checks that everything planned was written, and flushes it to the disk."""
-        self._file.close()
-
-    def _full_key(self, name: str) -> str:
-        module, _, leaf = name.rpartition(".")
-        if not module:
-            raise ValueError(f"{name!r} belongs to no module, so PEFT cannot save it in an adapter")
-        if module not in self._modules:
-            return _PREFIX + name
-        if leaf != "bias":
-            raise ValueError(f"{name!r} cannot be written in full: its module {module!r} has an update")
-        return f"{_PREFIX}{module}.base_layer.bias"
-
-    def _config(self, base_name: str | None, task_type: str | None) -> dict[str, Any]:
-        ranks = Counter(module.rank for module in self._modules.values())
-        common = min(ranks, key=lambda rank: (-ranks[rank], rank))
-        # One pattern per rank: PEFT tries every pattern on every module. It matches (.*\.)?(pattern)$, so
-        # the ^ makes the name whole.
-        pattern = {
-            "^(?:"
-            + "|".join(re.escape(name) for name, module in self._modules.items() if module.rank == rank)
-            + ")": rank
-            for rank in sorted(ranks)
-            if rank != common
-        }
-        saved = {name.rpartition(".")[0] for name in self._full if not name.endswith(".bias")}
-        biases = {name.rpartition(".")[0] for name in self._full if name.endswith(".bias")} - saved
-        heads = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
-        return {
-            "alpha_pattern": pattern,
-            "base_model_name_or_path": base_name,
-            "bias": "none" if not biases else "lora_only" if biases <= self._modules.keys() else "all",
-            "fan_in_fan_out": any(module.kind == "conv1d" for module in self._modules.values()),
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": common,
-            "lora_dropout": 0.0,
-            "modules_to_save": sorted(saved) or None,
-            "peft_type": "LORA",
-            "r": common,
-            "rank_pattern": pattern,
-            "target_modules": sorted(self._modules),
-            "task_type": None if task_type in heads and not saved else task_type,
-            "use_dora": False,
-            "use_rslora": False,
-        }
-
-
-def write_adapter(
-    folder: str | Path,
-    modules: Sequence[AdapterModule],
-    updates: Iterable[tuple[str, LowRank]],
-    **options: Any,
-) -> None:
-    """Writes a PEFT adapter from a stream of updates.
-
-    Args:
-        folder: where the two files go.
-        modules: what `updates` will bring.
-        updates: (module name, update), in any order.
-        **options: keyword arguments of AdapterWriter.
-
-    Raises:
-        ValueError: if the updates are not those planned.
-        OutputError: if a file exists or cannot be written.
-    """
-    with AdapterWriter(folder, modules, **options) as writer:
-        for module, update in updates:
-            writer.write(module, update)
-
-
-def _keys(module: AdapterModule) -> tuple[str, str]:
-    """Returns the names of A and B in the file."""
-    if module.kind == "embedding":
-        return f"{_PREFIX}{module.name}.lora_embedding_A", f"{_PREFIX}{module.name}.lora_embedding_B"
-    return f"{_PREFIX}{module.name}.lora_A.weight", f"{_PREFIX}{module.name}.lora_B.weight"
-
-
 def _finite(info: TensorInfo, tensor: Tensor) -> Tensor:
     if not all_finite(tensor):
         raise NonFiniteError(f"{info.file}: tensor {info.name!r} holds NaN or Inf")
     return tensor
-
-
-def _refused(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: uses {what}, which is not a plain low-rank update; {_MERGE_FIRST}")
-
-
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    """Raises unless the options mean plain LoRA."""
-    if config.get("peft_type") != "LORA":
-        kind = config.get("peft_type")
-        raise CheckpointError(f"{path}: peft_type must be LORA, got {kind!r}; {_MERGE_FIRST}")
-    for name, value in config.items():
-        if name in _HARMLESS or not value:
-            continue
-        if name in _REFUSED:
-            raise _refused(path, _REFUSED[name])
-        raise CheckpointError(
-            f"{path}: has the option {name} = {value!r}, which dirmerge does not know (adapter of a newer "
-            f"PEFT?); {_MERGE_FIRST}"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        raise CheckpointError(
-            f"{path}: was initialised by {init!r}, which changes the base weights, so its factors are no "
-            "update of the original base. Convert it with PEFT (save_pretrained with "
-            f"path_initial_model_for_weight_conversion), or {_MERGE_FIRST}"
-        )
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{path}: {name} must be an object")
-        for pattern in patterns:
-            try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except (re.error, OverflowError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{path}: {name} has the invalid pattern {pattern!r}: {error}"
-                ) from error
-    for name in ("use_rslora", "fan_in_fan_out"):
-        if config.get(name) not in (None, True, False):
-            raise CheckpointError(f"{path}: {name} must be true or false, got {config[name]!r}")
-    base_name = config.get("base_model_name_or_path")
-    if base_name is not None and not isinstance(base_name, str):
-        raise CheckpointError(f"{path}: base_model_name_or_path must be a string")
-
-
-def _lookup(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:
-    """Returns the module's value: the first pattern in the file that matches, as when PEFT loads it."""
-    table = config.get(patterns) or {}
-    for pattern, value in table.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    # PEFT's own defaults are 8 for both
-    return table.get(module, config.get(default, 8))
 
 
 def _target(
@@ -595,10 +310,10 @@ def _target(
         if len(info.shape) != 2:
             raise CheckpointError(
                 f"{where}: is LoRA on a convolution (factor of shape {info.shape}), not on a matrix; "
-                f"{_MERGE_FIRST}"
+                f"{MERGE_FIRST}"
             )
-    rank = _lookup(config, "rank_pattern", "r", module)
-    alpha = _lookup(config, "alpha_pattern", "lora_alpha", module)
+    rank = module_value(config, "rank_pattern", "r", module)
+    alpha = module_value(config, "alpha_pattern", "lora_alpha", module)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise CheckpointError(f"{where}: the rank must be a positive integer, got {rank!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:

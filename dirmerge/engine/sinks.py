@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.adapters import AdapterModule, AdapterWriter
+from dirmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter
 from dirmerge.checkpoints.writer import ShardedWriter
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.planning import Plan, TensorPlan

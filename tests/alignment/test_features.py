@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_image_folders_and_parquet(tmp_path):
     assert {image.size for image in images} == {(8, 8)}
     processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
     processor.save_pretrained(tmp_path / "model")
-    batches = make_batches(images, True, tmp_path / "model", 2, 16)
+    batches: Any = make_batches(images, True, tmp_path / "model", 2, 16)
     assert [len(batch["pixel_values"]) for batch in batches] == [2, 2, 1]
     with pytest.raises(CheckpointError, match="model: has no tokenizer"):
         make_batches(["a"], False, tmp_path / "model", 2, 16)

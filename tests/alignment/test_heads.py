@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from alignment_problems import D, base, features, tasks, updates
 from helpers import safetensors_bytes
-from problems import D, base, features, tasks, updates
 
 from dirmerge.alignment import (
     AlignmentTask,

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
-from problems import D, base, features, tasks, updates
+from alignment_problems import D, base, features, tasks, updates
 
 from dirmerge.alignment import AlignmentTask, Head, LearnOptions, Model, adamerging, learn, read_features
 from dirmerge.alignment.guard import read
@@ -23,6 +24,7 @@ def test_without_rates_it_is_the_plain_merge():
     for name in merged:
         torch.testing.assert_close(found.model.weight(name), plain.weight(name), rtol=0, atol=1e-7)
     for task, head in zip(chosen, found.heads, strict=True):
+        assert isinstance(head, Head)
         torch.testing.assert_close(head.weight, task.head.weight, rtol=0, atol=1e-6)
     assert found.stopped is None
 
@@ -81,7 +83,7 @@ def test_rotation_gradient_direction():
 def test_a_large_rotation_rate_is_stopped_by_the_guard():
     """The collapse of the real tasks in small: the loss falls, the predictions go; the best state is kept."""
     model, merged, chosen = base(), updates(0), tasks(batches=8, size=32)
-    wild = {"steps": 200, "lr_rotation": 5e-2, "alpha": 0.0, "beta": 0.0, "watch": 4}
+    wild: dict[str, Any] = {"steps": 200, "lr_rotation": 5e-2, "alpha": 0.0, "beta": 0.0, "watch": 4}
     free = learn(model, merged, chosen, LearnOptions(min_agreement=0, max_shift=1, **wild), scale=0.3)
     last = free.history[-1]
     assert last.loss < free.history[0].loss
@@ -224,6 +226,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, rotate, judged):
     for name in merged:
         assert torch.equal(resumed.model.weight(name), whole.model.weight(name))
     for left, right in zip(resumed.heads, whole.heads, strict=True):
+        assert isinstance(left, Head)
+        assert isinstance(right, Head)
         assert torch.equal(left.weight, right.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state.json", "state.safetensors"]
 
@@ -276,7 +280,9 @@ def test_adamerging_minimises_entropy_alone():
     layers = adamerging(model, deltas, chosen, options)
     assert all(len(values) == 2 for values in layers.scales.values())
     assert layers.matrices == [None, None]
-    assert [a.weight is b.head.weight for a, b in zip(layers.heads, chosen, strict=True)] == [True, True]
+    for head, task in zip(layers.heads, chosen, strict=True):
+        assert isinstance(head, Head)
+        assert head.weight is task.head.weight
 
     def loss(found):
         return sum(float(entropy(t.head.logits(read_features(found, t)))) for t in chosen)

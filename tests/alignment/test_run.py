@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_heads_of_class_vectors_and_adapters(models, tmp_path):
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["value"], "bias": "none"}
         (folder / "adapter_config.json").write_text(json.dumps(settings))
         write_head(tmp_path, f"head{i}", Head.of_class_vectors(torch.randn(4, D, generator=generator), 20.0))
-    plain = {
+    plain: dict[str, Any] = {
         "merge_method": "task_arithmetic",
         "base_model": str(models / "base"),
         "models": [{"model": str(tmp_path / name)} for name in "xy"],

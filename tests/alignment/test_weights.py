@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import base, tasks, updates
+from alignment_problems import base, tasks, updates
 
 from dirmerge.alignment.weights import ScaledUpdates, group_of
 from dirmerge.deltas.lowrank import LowRank

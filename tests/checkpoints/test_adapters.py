@@ -19,16 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dirmerge.checkpoints.adapters import (
-    _HARMLESS,
-    _REFUSED,
-    Adapter,
-    AdapterModule,
-    AdapterWriter,
-    is_adapter,
-    open_adapter,
-    write_adapter,
-)
+from dirmerge.checkpoints.adapter_config import HARMLESS, REFUSED
+from dirmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, write_adapter
+from dirmerge.checkpoints.adapters import Adapter, is_adapter, open_adapter
 from dirmerge.checkpoints.reader import open_checkpoint
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError
@@ -44,7 +37,7 @@ def bert() -> transformers.BertForSequenceClassification:
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=16,
-            num_labels=3,
+            num_labels=3,  # type: ignore[call-arg]  # a field of the base class, which the stub hides
             initializer_range=0.3,
         )
     ).eval()
@@ -97,7 +90,7 @@ def saved_and_merged(model: nn.Module, config: LoraConfig, folder: Path) -> dict
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config)
         train(adapted)
-        adapted.save_pretrained(folder)
+        adapted.save_pretrained(str(folder))
         return {name: value.clone() for name, value in adapted.merge_and_unload().state_dict().items()}
 
 
@@ -266,14 +259,14 @@ class TestReadingAgainstPeft:
         content = json.loads((tmp_path / "adapter_config.json").read_text())
         write_json(tmp_path / "adapter_config.json", content | {"target_parameters": None})
         with pytest.raises(
-            CheckpointError, match=r"base_layer\.lora_A.*has a meaning that dirmerge does not know"
+            CheckpointError, match=r"base_layer\.lora_A.*is of a kind that dirmerge does not know"
         ):
             open_adapter(tmp_path)
 
     def test_every_option_of_peft_is_classified(self) -> None:
         options = {field.name for field in dataclasses.fields(LoraConfig)}
-        assert options <= _HARMLESS | _REFUSED.keys(), f"new in PEFT {peft.__version__}"
-        assert not _HARMLESS & _REFUSED.keys()
+        assert options <= HARMLESS | REFUSED.keys(), f"new in PEFT {peft.__version__}"
+        assert not HARMLESS & REFUSED.keys()
 
     def test_half_precision_factors_become_float32(self, tmp_path: Path) -> None:
         updates = write_adapter_folder(tmp_path, dtype=torch.bfloat16)
@@ -406,16 +399,16 @@ class TestHostileAdapters:
             ({"base_model.model.m.lora_magnitude_vector": torch.zeros(4)}, "uses DoRA"),
             (
                 {"base_model.model.m.lora_A.default.weight": torch.zeros(2, 6)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
-            ({"base_model.model.m.lora_diag": torch.zeros(2)}, "meaning that dirmerge does not know"),
+            ({"base_model.model.m.lora_diag": torch.zeros(2)}, "kind that dirmerge does not know"),
             (
                 {"base_model.model.m.modules_to_save.weight": torch.zeros(2)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
             (
                 {"base_model.model.x.token_adapter.deltas": torch.zeros(2)},
-                "meaning that dirmerge does not know",
+                "kind that dirmerge does not know",
             ),
             ({"base_model.model.m.lora_embedding_A": torch.zeros(2, 6)}, "two kinds of factors"),
             (
@@ -431,7 +424,7 @@ class TestHostileAdapters:
                     "base_model.model.m.base_layer.bias": torch.zeros(4),
                     "base_model.model.m.bias": torch.zeros(4),
                 },
-                "is there twice",
+                "appears twice",
             ),
         ],
     )
@@ -548,7 +541,7 @@ class TestWritingForPeft:
         shapes = {"a.b": 1, "axb": 2, "x.a.b": 3, "x.a.bb": 4, "q": 2, "r": 2}
         modules = [AdapterModule(name, (6, 6), rank) for name, rank in shapes.items()]
         write_adapter(tmp_path, modules, updates_for(modules).items())
-        config = LoraConfig.from_pretrained(tmp_path)
+        config = LoraConfig.from_pretrained(str(tmp_path))
         for name, rank in shapes.items():
             key = peft.utils.other.get_pattern_key(config.rank_pattern.keys(), name)
             assert config.rank_pattern.get(key, config.r) == rank, name
@@ -649,7 +642,7 @@ def test_what_peft_reads_we_read(tmp_path: Path) -> None:
     updates = write_adapter_folder(
         tmp_path, {f"model.{name}": shape for name, shape in list(MATRICES.items())[:2]}
     )
-    config = LoraConfig.from_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(str(tmp_path))
     assert config.r == 2
     for target in open_adapter(tmp_path).targets.values():
         torch.testing.assert_close(target.read().dense().double(), updates[target.name], rtol=1e-6, atol=1e-8)

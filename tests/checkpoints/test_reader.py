@@ -108,12 +108,12 @@ def set_map(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     return apply
 
 
-def write_index(content: Any) -> Callable[[Path], None]:
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(content) and None
+def write_index(content: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(content)
 
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-HOSTILE_INDEX: dict[str, tuple[Callable[[Path], None], str]] = {
+HOSTILE_INDEX: dict[str, tuple[Callable[[Path], object], str]] = {
     "parent": (
         set_map(lambda m: m.update({"norm.weight": "../../etc/passwd"})),
         r"got '\.\./\.\./etc/passwd'",
@@ -413,7 +413,7 @@ class TestResolve:
         wanted += ["adapter_model.safetensors", "adapter_config.json"]
         unwanted = ["pytorch_model.bin", "tf_model.h5", "model.gguf", "consolidated.safetensors"]
         unwanted += ["original/consolidated.00.pth", "onnx/model.safetensors"]
-        chosen = huggingface_hub.utils.filter_repo_objects(
+        chosen = huggingface_hub.utils.filter_repo_objects(  # type: ignore[attr-defined]
             wanted + unwanted,
             allow_patterns=options["allow_patterns"],
             ignore_patterns=options["ignore_patterns"],

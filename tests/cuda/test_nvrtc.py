@@ -298,7 +298,7 @@ def test_it_says_what_it_is_and_why_it_is_missing(monkeypatch: pytest.MonkeyPatc
         "compiler": "NVRTC 13.0 by CuPy 14.2.0",
         "built_for": "this GPU, on first use",
     }
-    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert nvrtc.load("folder") == (
         None,
         "NVRTC could compile the kernels by CuPy: pip install dirmerge[cupy]",

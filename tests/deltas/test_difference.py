@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_pieces_cover_what_one_piece_does(generator, monkeypatch):
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("shape", [(260, 200), (200, 260), (20, 30)])
 def test_svd_of_a_difference_is_that_of_the_dense_one(method, shape, generator):
-    base, tuned = weights(*shape, generator, torch.float32)
+    base, tuned = weights(shape[0], shape[1], generator, torch.float32)
     delta = Difference(tuned, base)
     expected = linalg.svd_truncated(delta.dense(), 6, method, seed=1)
     found = linalg.svd_truncated(delta, 6, method, seed=1)
@@ -107,7 +108,7 @@ def test_tasks_on_an_accelerator_are_decomposed_as_one_batch(generator, monkeypa
     base, first = weights(40, 30, generator)
     second = (base.float() + 0.02 * torch.randn(40, 30, generator=generator)).bfloat16()
     deltas = [Difference(first, base), Difference(second, base)]
-    options = {"loaders": [lambda d=d: d for d in deltas], "ranks": [None, None]}
+    options: dict[str, Any] = {"loaders": [lambda d=d: d for d in deltas], "ranks": [None, None]}
     calls = []
 
     def counted(a, *args, **kwargs):

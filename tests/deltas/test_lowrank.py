@@ -88,7 +88,7 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="must be a matrix"):
         LowRank(a[0], None, a)
     with pytest.raises(TypeError, match=r"torch\.Tensor"):
-        LowRank([1.0], None, a)
+        LowRank([1.0], None, a)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="floating-point"):
         LowRank(a.long(), None, a.long())
     with pytest.raises(ValueError, match="same shape"):

@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_state, write_adapter_folder, write_model
 
 import dirmerge
-from dirmerge.diagnostics import Inspection, inspect, inspection, measures
+from dirmerge.diagnostics import Inspection, inspect, measures, measuring
+from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 
 BASE = tiny_state()
@@ -72,9 +73,9 @@ def test_figures_of_one_matrix_are_those_of_its_dense_deltas(models, names, rank
         }
         assert {key: getattr(task, key) for key in expected} == pytest.approx(expected, rel=2e-4)
     for side, k in (("left", 0), ("right", 2)):
-        spaces = [(svd[k] if k == 0 else svd[k].T)[:, :r] for svd, r in zip(svds, ranks, strict=True)]
+        bases = [(svd[k] if k == 0 else svd[k].T)[:, :r] for svd, r in zip(svds, ranks, strict=True)]
         for i in range(3):
-            row = [measures.subspace_overlap(spaces[i], other) for other in spaces]
+            row = [measures.subspace_overlap(bases[i], other) for other in bases]
             assert getattr(parameter, side).overlap[i] == pytest.approx(row, rel=1e-3, abs=1e-5)
     signs = measures.sign_conflicts([torch.stack(deltas)])
     assert parameter.sign_conflict == pytest.approx(signs.share, abs=1e-3)
@@ -213,11 +214,11 @@ def test_matrices_that_no_task_changes_do_not_count_in_means(models, tmp_path):
 def test_signs_by_blocks_of_rows_and_spectra_of_large_matrices(models, monkeypatch):
     folder, _ = models
     whole = inspect(recipe(folder, "abc"))
-    monkeypatch.setattr(inspection, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(measuring, "BLOCK_ENTRIES", 100)
     for one, other in zip(inspect(recipe(folder, "abc")).parameters, whole.parameters, strict=True):
         assert one.sign_conflict == other.sign_conflict
         assert one.opposed == pytest.approx(other.opposed, rel=1e-6)
-    monkeypatch.setattr(inspection, "SPECTRUM_UP_TO", 0)
+    monkeypatch.setattr(measuring, "SPECTRUM_UP_TO", 0)
     for one, other in zip(inspect(recipe(folder, "abc")).parameters, whole.parameters, strict=True):
         assert one.accumulation == pytest.approx(other.accumulation[: len(one.accumulation)], rel=1e-4)
         for mine, theirs in zip(one.tasks, other.tasks, strict=True):
@@ -248,7 +249,7 @@ def test_matrices_of_a_stack_stand_alone(tmp_path):
 
 def test_plain_data_comes_back_and_progress_is_told(models):
     folder, _ = models
-    steps = []
+    steps: list[Progress] = []
     means = torch.eye(4)[:, :3]
     found = inspect(recipe(folder, "xy"), class_means={"head": means}, progress=steps.append)
     assert found.class_gaps == {"head": pytest.approx(0, abs=1e-7)}

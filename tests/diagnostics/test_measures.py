@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_directional_similarity_of_known_updates():
 @pytest.mark.parametrize("method", ["task_arithmetic", "dc_merge"])
 def test_task_alignments_sum_to_the_alignment_of_the_merge(method):
     deltas = [random(12, 18, seed=t) for t in range(3)]
-    tasks = Tasks((12, 18), [lambda d=d: d for d in deltas], [None] * 3)
+    tasks = Tasks((12, 18), [partial(lambda d: d, d) for d in deltas], [None] * 3)
     merged = merge_tasks(tasks, method, [1.0, 2.0, 0.5], {})
     factors = factor_tasks(tasks, kept_ranks(tasks), "exact", 1e-2, 0)
     found = measures.response(merged.value, factors.u, factors.v)

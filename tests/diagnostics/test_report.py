@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dirmerge.cli import app
-from dirmerge.diagnostics import Inspection, inspect, report
+from dirmerge.diagnostics import Inspection, charts, inspect, wording
+from dirmerge.diagnostics.page import by_layer, to_html
 
 BASE = tiny_state()
 HOSTILE = '</text><script>alert("1")</script>&amp;\x07'
@@ -79,7 +80,7 @@ def renamed(found: Inspection, name: str) -> Inspection:
 
 
 def test_the_page_is_well_formed_and_self_contained(found):
-    text = report.to_html(found)
+    text = to_html(found)
     root = ElementTree.fromstring(text[text.index("<html") :])
     assert {child.tag for child in root} == {"head", "body"}
     page = Page(text)
@@ -98,18 +99,18 @@ def test_the_page_is_well_formed_and_self_contained(found):
 
 
 def test_hostile_names_stay_text(found):
-    text = report.to_html(renamed(found, HOSTILE))
+    text = to_html(renamed(found, HOSTILE))
     assert "<script" not in text
     assert "\x07" not in text
     page = Page(text)
     assert "script" not in page.tags
     assert any('</text><script>alert("1")</script>&amp;\ufffd' in part for part in page.texts)
     ElementTree.fromstring(text[text.index("<html") :])
-    report.to_html(renamed(found, "\ud800 lone")).encode()
+    to_html(renamed(found, "\ud800 lone")).encode()
 
 
 def test_the_page_shows_the_figures_it_was_given(found):
-    page = Page(report.to_html(found))
+    page = Page(to_html(found))
     texts = "\n".join(page.texts)
     for parameter in found.parameters:
         assert parameter.name.removesuffix(".weight").removeprefix("layers.") in texts
@@ -119,14 +120,14 @@ def test_the_page_shows_the_figures_it_was_given(found):
             assert f"{short} · {name}: {100 * task.alignment:.0f}" in page.texts
     overlap = 100 * found.summary.left.overlap[0][1]
     assert f"a · b: {overlap:.0f}" in page.texts
-    assert report.number(found.summary.interference) in page.texts
-    assert report.share(found.summary.opposed) in page.texts
+    assert wording.number(found.summary.interference) in page.texts
+    assert wording.share(found.summary.opposed) in page.texts
 
 
 def test_many_matrices_are_shown_by_layer_and_listed_in_full(found, monkeypatch):
-    monkeypatch.setattr(report, "ROWS_OF_MATRICES", 3)
-    page = Page(report.to_html(found))
-    layers = report.by_layer(found.parameters)
+    monkeypatch.setattr("dirmerge.diagnostics.page.ROWS_OF_MATRICES", 3)
+    page = Page(to_html(found))
+    layers = by_layer(found.parameters)
     assert [name for name, _ in layers] == ["layers.0", "layers.1", "layers.11"]
     assert [len(members) for _, members in layers] == [2, 2, 1]
     pair = [parameter.tasks[0].similarity_after for parameter in layers[0][1]]
@@ -138,12 +139,12 @@ def test_many_matrices_are_shown_by_layer_and_listed_in_full(found, monkeypatch)
 
 
 def test_short_names():
-    assert report.short_names(["/m/a", "/m/b"]) == ["a", "b"]
-    assert report.short_names(["/m/a/v1", "/m/b/v1"]) == ["a/v1", "b/v1"]
-    assert report.short_names(["same", "same"]) == ["same (1)", "same (2)"]
-    assert report.short_parameters(["m.0.q.weight", "m.1.q.weight"]) == ["0", "1"]
-    assert report.short_parameters(["m.0.q.weight", "m.0.q.bias"]) == ["weight", "bias"]
-    assert report.short_parameters(["one"]) == ["one"]
+    assert wording.short_names(["/m/a", "/m/b"]) == ["a", "b"]
+    assert wording.short_names(["/m/a/v1", "/m/b/v1"]) == ["a/v1", "b/v1"]
+    assert wording.short_names(["same", "same"]) == ["same (1)", "same (2)"]
+    assert wording.short_parameters(["m.0.q.weight", "m.1.q.weight"]) == ["0", "1"]
+    assert wording.short_parameters(["m.0.q.weight", "m.0.q.bias"]) == ["weight", "bias"]
+    assert wording.short_parameters(["one"]) == ["one"]
 
 
 def luminance(fill: str) -> float:
@@ -152,17 +153,17 @@ def luminance(fill: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("ramp", [report.BLUE, report.BROWN])
+@pytest.mark.parametrize("ramp", [charts.BLUE, charts.BROWN])
 def test_ramps_darken_evenly_and_text_on_them_can_be_read(ramp):
-    fills = [report.colour(i / 100, ramp) for i in range(101)]
+    fills = [charts.colour(i / 100, ramp) for i in range(101)]
     assert (fills[0], fills[-1]) == (ramp[0], ramp[-1])
     lights = [luminance(fill) for fill in fills]
     assert all(a > b for a, b in itertools.pairwise(lights))
     for fill, light in zip(fills, lights, strict=True):
-        ink = luminance(report.ink_on(fill))
+        ink = luminance(charts.ink_on(fill))
         assert (max(ink, light) + 0.05) / (min(ink, light) + 0.05) >= 4.5  # WCAG AA
-    assert report.colour(-3, ramp) == ramp[0]
-    assert report.colour(7, ramp) == ramp[-1]
+    assert charts.colour(-3, ramp) == ramp[0]
+    assert charts.colour(7, ramp) == ramp[-1]
 
 
 @pytest.mark.parametrize("recipe", ["recipe.yml", "adapters.yml"])
@@ -175,7 +176,7 @@ def test_inspect_prints_a_summary_and_writes_page_and_figures(models, tmp_path, 
     written = Inspection.from_dict(json.loads(figures.read_text()))
     again = inspect(models / recipe)
     assert written.parameters == again.parameters
-    assert page.read_text() == report.to_html(written)
+    assert page.read_text() == to_html(written)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
 from dirmerge.engine import rules
+from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
 BASE = tiny_state()
@@ -36,7 +38,7 @@ def recipe(folder, count=3, method="tsv_m", **keys):
 
 
 def read_folder(folder: Path):
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         state |= load_file(file)
     return state
@@ -146,7 +148,7 @@ def test_the_default_scale_is_reported(models):
 
 
 def test_a_task_of_weight_zero_does_not_count_for_the_default_scale(models):
-    entries = [{"model": str(models / f"m{t}")} for t in range(3)]
+    entries: list[dict[str, Any]] = [{"model": str(models / f"m{t}")} for t in range(3)]
     entries[1]["parameters"] = {"weight": 0}
     absent = api.merge(recipe(models, models=[entries[0], entries[2]], method="dc_merge"))
     zero = api.merge(recipe(models, models=entries, method="dc_merge"))
@@ -633,7 +635,7 @@ def test_chat_template_auto_takes_the_most_common(models):
 
 
 def test_progress_counts_every_tensor_in_both_passes(models):
-    steps = []
+    steps: list[Progress] = []
     api.merge(recipe(models), models / "out", progress=steps.append)
     assert [step.done for step in steps] == list(range(1, len(MATRIX_NAMES) + len(BASE) + 1))
     assert steps[-1].work == pytest.approx(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from dirmerge.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-OPTIONS: dict[str, dict[str, object]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "dc_merge": {"smoothing": "linear"},
     "mda": {"frame": "random"},
     "wudi": {"solver": "exact"},
@@ -50,7 +52,7 @@ def test_methods(method: str, form: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
-def test_svd(method: str, generator: torch.Generator) -> None:
+def test_svd(method: Any, generator: torch.Generator) -> None:
     base, tuned = weights(generator)
     batch = Difference(tuple(w.cuda() for w in tuned), base.cuda())
     found = linalg.svd_truncated(batch, 20, method, seed=3, power_iterations=2)
@@ -62,7 +64,7 @@ def test_svd(method: str, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("method", ["auto", "exact", "newton_schulz"])
 @pytest.mark.parametrize("shape", [(300, 300), (3000, 1100)])
-def test_polar(method: str, shape: tuple[int, int], generator: torch.Generator) -> None:
+def test_polar(method: Any, shape: tuple[int, int], generator: torch.Generator) -> None:
     x = torch.randn(*shape, generator=generator)
     x += 2 * torch.eye(*shape) * shape[1] ** 0.5  # well conditioned
     found = linalg.polar(x.cuda(), method)

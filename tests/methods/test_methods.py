@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_whitened_by_its_formula(a, b, ridge, smoothing, generator):
 
 def test_whitened_balances_adapters_alone_and_is_tsv_m_without(generator):
     loras = adapters(generator)
-    plain = {"left_exponent": 1.0, "right_exponent": 1.0, "ridge": 0.0}
+    plain: dict[str, Any] = {"left_exponent": 1.0, "right_exponent": 1.0, "ridge": 0.0}
     assert dirmerge.merge_deltas(loras, "whitened").record.options["smoothing"] == "average"
     assert dirmerge.merge_deltas(dense(generator), "whitened").record.options["smoothing"] == "none"
     same = dirmerge.merge_deltas(loras, "whitened", smoothing="none", **plain)
@@ -255,7 +256,7 @@ def test_adapters_stay_factored_and_equal_their_dense_form(method, generator):
     loras = adapters(generator)
     merged = dirmerge.merge_deltas(loras, method)
     assert merged.low_rank().rank == 9
-    options = {"rank": 3} if method in SPECTRAL else {}
+    options: dict[str, Any] = {"rank": 3} if method in SPECTRAL else {}
     options |= {"smoothing": "average"} if method in ("dc_merge", "whitened") else {}
     reference = dirmerge.merge_deltas([x.dense() for x in loras], method, **options).dense()
     assert torch.allclose(merged.dense(), reference, atol=1e-9)
@@ -275,9 +276,8 @@ def test_no_dense_product_is_formed_for_adapters(method, generator, monkeypatch)
 def test_an_empty_adapter_changes_nothing(method, generator):
     loras = adapters(generator)
     nothing = LowRank(torch.zeros(40, 3, dtype=torch.float64), None, loras[0].right)
-    with_it = dirmerge.merge_deltas(
-        [*loras, nothing], method, **({"common_fraction": 0.5} if method == "iso_cts" else {})
-    )
+    options: dict[str, Any] = {"common_fraction": 0.5} if method == "iso_cts" else {}
+    with_it = dirmerge.merge_deltas([*loras, nothing], method, **options)
     if method in ("average", "iso_cts", "iso_c"):
         # Means over tasks or over the budget count it: what must not change is the span.
         basis = torch.linalg.qr(torch.cat([x.left for x in loras], 1)).Q
@@ -319,7 +319,8 @@ def test_only_the_ratio_of_weights_of_a_mean_matters(method, options, generator)
 @pytest.mark.parametrize("shape", [(20, 33), (33, 20), (1, 9), (9, 1), (5, 5)])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_every_shape_and_number_of_tasks_is_defined(method, shape, count, generator):
-    deltas = dense(generator, *shape, count)  # 7 tasks of rank 1 or 5: more than the dimension has room for
+    # 7 tasks of rank 1 or 5: more than the dimension has room for.
+    deltas = dense(generator, shape[0], shape[1], count)
     merged = dirmerge.merge_deltas(deltas, method).dense()
     assert merged.shape == shape
     assert bool(torch.isfinite(merged).all())
@@ -356,7 +357,7 @@ def test_equal_tasks_add_no_noise_directions(generator):
 def test_rotation_equivariance(method, generator):
     deltas = dense(generator, 15, 12, 3)
     q = torch.linalg.qr(torch.randn(15, 15, generator=generator, dtype=torch.float64)).Q
-    options = {"solver": "exact"} if method == "wudi" else {}
+    options: dict[str, Any] = {"solver": "exact"} if method == "wudi" else {}
     turned = dirmerge.merge_deltas([q @ d for d in deltas], method, **options).dense()
     assert torch.allclose(turned, q @ dirmerge.merge_deltas(deltas, method, **options).dense(), atol=1e-7)
 
@@ -514,7 +515,7 @@ def test_lazy_tasks_hold_one_delta_at_a_time(generator):
     """dc_merge and tsv_m may not keep the T deltas: that is what bounds the memory of a merge."""
     import weakref
 
-    alive: list[weakref.ref] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
     source = dense(generator, 64, 64, 6)
 
@@ -574,7 +575,7 @@ def test_inputs_are_checked(generator):
     with pytest.raises(ValueError, match="at least one delta"):
         dirmerge.merge_deltas([], "average")
     with pytest.raises(TypeError, match=r"deltas\[1\] must be"):
-        dirmerge.merge_deltas([a, [1.0]], "average")
+        dirmerge.merge_deltas([a, [1.0]], "average")  # type: ignore[list-item]
     with pytest.raises(TypeError, match="list"):
         dirmerge.merge_deltas(a, "average")
     with pytest.raises(ValueError, match=r"deltas\[0\] has \(24, 20\), deltas\[1\] \(20, 24\)"):

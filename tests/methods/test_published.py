@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def distance(merged: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_full_fine_tunes(setting, method, dtype):
     deltas = [delta.to(dtype) for delta in stack(f"full.{setting}.task.")]
-    options = {} if method == "wudi" else {"svd": "exact"}
+    options: dict[str, Any] = {} if method == "wudi" else {"svd": "exact"}
     merged = dirmerge.merge_deltas(deltas, method, **options)
     assert distance(merged.dense(), FIXTURES[f"full.{setting}.{method}"]) < TOLERANCE[method]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from dirmerge.methods.scale import alignment_terms
 
 def tasks_of(deltas):
     ranks = [d.rank if isinstance(d, LowRank) else None for d in deltas]
-    return Tasks(tuple(deltas[0].shape), [lambda d=d: d for d in deltas], ranks)
+    return Tasks(tuple(deltas[0].shape), [partial(lambda d: d, d) for d in deltas], ranks)
 
 
 @pytest.mark.parametrize("method", ["dc_merge", "tsv_m", "iso_c", "ties", "task_arithmetic", "mda"])

@@ -111,4 +111,4 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(TypeError, match="one dtype"):
         delta_sketch(base, [base, base.half()], width=1)
     with pytest.raises(TypeError, match=r"finetuned\[0\] must be a torch.Tensor"):
-        delta_sketch(base, [np.ones((4, 3))], width=1)
+        delta_sketch(base, [np.ones((4, 3))], width=1)  # type: ignore[list-item]

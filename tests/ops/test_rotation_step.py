@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,11 +51,12 @@ def test_arguments_are_checked() -> None:
     eye = torch.eye(3)
     with pytest.raises(TypeError, match="must be float32 or float64"):
         rotation_step(eye.half(), eye, rate=0.1)
-    for rotation, gradient, options, message in (
+    cases: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = [
         (torch.ones(3, 4), torch.ones(3, 4), {"rate": 0.1}, "rotation must have shape"),
         (eye, torch.ones(2, 3, 3), {"rate": 0.1}, "gradient must have the shape"),
         (eye, eye, {"rate": float("nan")}, "rate must be finite"),
         (eye, eye, {"rate": 0.1, "steps": 0}, "steps must be at least 1"),
-    ):
+    ]
+    for rotation, gradient, options, message in cases:
         with pytest.raises(ValueError, match=message):
             rotation_step(rotation, gradient, **options)

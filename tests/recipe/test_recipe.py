@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -158,7 +160,10 @@ def test_refused(changes, message):
 
 
 def test_options_inside_models_must_agree():
-    models = [{"model": "a", "parameters": {"density": 0.3}}, {"model": "b", "parameters": {"density": 0.4}}]
+    models: list[dict[str, Any]] = [
+        {"model": "a", "parameters": {"density": 0.3}},
+        {"model": "b", "parameters": {"density": 0.4}},
+    ]
     text = problem({"merge_method": "ties", "base_model": "base", "models": models})
     assert "ties has one density for all models" in text
     models[1]["parameters"]["density"] = 0.3

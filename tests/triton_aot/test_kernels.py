@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from dirmerge.triton_kernels import gram
@@ -28,7 +30,7 @@ FORMS = [
 
 def test_every_kernel_is_in_the_table() -> None:
     assert {(form.op, form.name) for form in kernels.FORMS} >= TESTED
-    folder = kernels.Path(gram.__file__).parent
+    folder = Path(gram.__file__).parent
     assert {form.op for form in kernels.FORMS} == {
         path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")
     }

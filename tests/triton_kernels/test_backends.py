@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dirmerge.backends import table
 def test_every_launcher_is_found_when_it_is_asked_for() -> None:
     x = torch.randn(3, 20, 20)
     rotation = torch.eye(20).expand(3, 20, 20)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "delta_sketch": lambda: ops.delta_sketch(x[0], x, width=3),
         "elect_merge": lambda: ops.elect_merge(x),
         "etf_project": lambda: ops.etf_project(x),

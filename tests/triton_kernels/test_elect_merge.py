@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dirmerge.triton_kernels.elect_merge import elect_merge
@@ -9,7 +11,7 @@ from dirmerge import backends, ops
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
-def by_torch(*args: object) -> torch.Tensor:
+def by_torch(*args: Any) -> torch.Tensor:
     with backends.backend("torch"):
         return ops.elect_merge(*args)
 

@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.called: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.called.add(func.__name__.split(".")[0])
         return func(*args, **(kwargs or {}))
 

@@ -15,7 +15,7 @@ import pytest
 
 from dirmerge.backends import cuda
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[1] / "csrc"
 SANITIZE = os.environ.get("DIRMERGE_SANITIZE") == "1"
 FLAGS = [
     "-std=c++20",
