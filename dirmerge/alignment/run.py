@@ -25,6 +25,7 @@ from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine import pipeline
 from dirmerge.engine.card import CARD
+from dirmerge.engine.compute import Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import MergeResult, Progress
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
@@ -95,6 +96,9 @@ def align(
     overwrite: bool = False,
     state: str | Path | None = None,
     progress: Callable[[AlignProgress], None] | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    memory: int | str | None = None,
 ) -> AlignResult:
     """Merge fine-tuned transformers and align every task's features: one backbone, a head per task.
 
@@ -107,6 +111,9 @@ def align(
             input, no recipe and not the working directory is.
         state: a file `….safetensors` from which an interrupted learning goes on.
         progress: called with an AlignProgress.
+        device: as of `dirmerge.merge`.
+        threads: of the CPU; torch's number by default.
+        memory: as of `dirmerge.merge`, for the merge; the models that are aligned are not counted.
 
     Returns:
         AlignResult; its fits always hold the control, what the same map makes of the base model.
@@ -123,13 +130,14 @@ def align(
         >>> head = dirmerge.alignment.read_heads("merged")["movies"].head
     """
     began = time.perf_counter()
+    compute = Compute.resolve(device, threads, memory)
     loaded = load_recipe(recipe)
     if loaded.align is None:
         raise RecipeError(f"{loaded.origin}: align: is missing; it lists every task's unlabelled inputs")
     _transformers()
     protected = [*loaded.files, *([Path(state)] if state is not None else [])]
-    with OutputFolder(Path(out), overwrite, protected) as folder:
-        job = _Job(loaded, loaded.align, progress)
+    with OutputFolder(Path(out), overwrite, protected) as folder, compute.scoped_threads():
+        job = _Job(loaded, loaded.align, compute, progress)
         inner = folder.path / "merged"
         result = job.run(inner, state)
         for entry in sorted(inner.iterdir()):
@@ -271,9 +279,14 @@ class _Job:
     """One run of `align`."""
 
     def __init__(
-        self, recipe: Recipe, section: AlignSection, progress: Callable[[AlignProgress], None] | None
+        self,
+        recipe: Recipe,
+        section: AlignSection,
+        compute: Compute,
+        progress: Callable[[AlignProgress], None] | None,
     ) -> None:
         self.section = section
+        self.compute = compute
         self.progress = progress
         self.notes: list[str] = []
         self.sources = _sources(recipe, section)
@@ -300,7 +313,7 @@ class _Job:
         def step(value: Progress) -> None:
             self._tell("merge", value.name, value.done, value.total)
 
-        return pipeline.run(plan, folder, progress=step)
+        return pipeline.run(plan, folder, progress=step, compute=self.compute)
 
     def _tell(self, phase: str, name: str, done: int, total: int) -> None:
         if self.progress is not None:
