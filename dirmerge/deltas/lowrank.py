@@ -83,6 +83,11 @@ class LowRank:
         return self.left.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return self.left.device
+
+    @property
     def T(self) -> LowRank:  # noqa: N802  (torch's name of the transpose)
         """The (n, m) transpose."""
         return LowRank(self.right, None if self.core is None else self.core.mT, self.left)

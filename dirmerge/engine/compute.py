@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +166,10 @@ class Budget:
         waiting = max(0, spare - ahead - behind)
         device_spare = max(0, min(compute.memory, device_free or compute.memory) - largest)
         return cls(ahead, behind, waiting, device_spare // 2, device_spare // 2)
+
+    def waiting_on(self, devices: Sequence[torch.device]) -> dict[torch.device, int]:
+        """Returns the bytes of updates that may wait on each device and in the host's memory."""
+        return {CPU: self.waiting} | {d: self.device_waiting for d in devices if d.type != "cpu"}
 
 
 def device_name(device: torch.device) -> str:

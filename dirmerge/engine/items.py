@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import PIECE, TensorInfo
+from dirmerge.checkpoints.safetensors_io import PIECE
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.reading import InputFiles, Read
 from dirmerge.engine.rules import Made, RowRule, Step
@@ -17,8 +18,10 @@ from dirmerge.engine.work import MatrixWork
 from dirmerge.engine.workers import Group, Job, Workers
 from dirmerge.planning import TensorPlan
 
+if TYPE_CHECKING:
+    from dirmerge.engine.lanes import Lane
+
 Put = Callable[[RowRule, Step, Made], None]
-Key = tuple[int, int | None, int | None]
 
 
 class ReadJob(Job):
@@ -44,141 +47,76 @@ class ReadJob(Job):
         return torch.empty(read.nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-class Feed:
-    """Hands the reads of one matrix to the thread that merges it.
-
-    A tensor that is asked for again, by methods that look at their deltas twice, is kept where the reads of
-    the matrix are few enough, and else read again.
-
-    Args:
-        workers: that do the jobs.
-        jobs: the jobs of the matrix, in order.
-        keep: whether what was taken is kept.
-    """
-
-    def __init__(self, workers: Workers, jobs: list[ReadJob], *, keep: bool) -> None:
-        self._workers = workers
-        self._keep = keep
-        self._jobs = {_key(read): (job, i) for job in jobs for i, read in enumerate(job.reads)}
-        self._open = {id(job): len(job.reads) for job in jobs}
-        self._taken: dict[Key, Tensor] = {}
-
-    def read(self, info: TensorInfo, start: int | None = None, stop: int | None = None) -> Tensor | None:
-        """Returns rows of a tensor, None for what no job reads or has been let go."""
-        key = (id(info), start, stop)
-        if key in self._taken:
-            return self._taken[key]
-        found = self._jobs.pop(key, None)
-        if found is None:
-            return None
-        job, i = found
-        value: Tensor = self._workers.result(job)[i]
-        self._close(job)
-        if self._keep:
-            self._taken[key] = value
-        return value
-
-    def close(self) -> None:
-        """Lets go of everything, also of what was never asked for."""
-        for job, _ in self._jobs.values():
-            self._close(job)
-        self._jobs = {}
-        self._taken = {}
-
-    def _close(self, job: ReadJob) -> None:
-        self._open[id(job)] -= 1
-        if not self._open[id(job)]:
-            self._workers.release(job)
-
-
 @dataclass
 class Item:
     """One tensor of the output in one pass over the plan; with neither a rule nor work, nothing is done.
 
     Attributes:
         tensor: of the plan.
-        rule: how its rows are made, where workers can make them.
-        prepared: the steps before its rows.
-        made: the steps that make them.
+        lane: where it is done.
+        rule: how its rows are made, where no method must see a matrix.
+        prepared: what the workers do before they make its rows.
+        made: what they do to make them.
+        steps: of its rule, where a GPU makes the rows.
         work: its matrices, where the method must see them.
-        jobs: per matrix what reads it; of a module, one list.
-        module: whether it is an adapter's module that a rule takes or averages.
+        jobs: what reads it: a list per step or per matrix; of a module, one.
     """
 
     tensor: TensorPlan
+    lane: Lane
     rule: RowRule | None = None
     prepared: Group = field(default_factory=lambda: Group(0))
     made: Group = field(default_factory=lambda: Group(0))
+    steps: list[Step] = field(default_factory=list)
     work: list[MatrixWork] = field(default_factory=list)
     jobs: list[list[ReadJob]] = field(default_factory=list)
-    module: bool = False
 
 
-class Items:
-    """Makes items and the jobs that the workers are fed with.
+class ItemJobs:
+    """Makes the jobs of items.
 
     Args:
         reader: of the plan's inputs.
         files: that it reads.
-        pinned: whether reads go to pinned memory, from which a GPU copies without waiting.
     """
 
-    def __init__(self, reader: DeltaReader, files: InputFiles, *, pinned: bool = False) -> None:
+    def __init__(self, reader: DeltaReader, files: InputFiles) -> None:
         self._reader = reader
         self._files = files
-        self._pinned = pinned
         self._buffers = _Buffers()
 
-    def rows(self, tensor: TensorPlan, rule: RowRule) -> Item:
+    def rows(self, tensor: TensorPlan, lane: Lane, rule: RowRule) -> Item:
         """Returns the item of a tensor that is made by rows."""
-        return Item(tensor, rule, Group(len(rule.preparations())), Group(len(rule.rows())))
+        if lane.device.type == "cpu":
+            return Item(tensor, lane, rule, Group(len(rule.preparations())), Group(len(rule.rows())))
+        steps = [*rule.preparations(), *rule.steps()]
+        return Item(tensor, lane, rule, steps=steps, jobs=[self._reads(s.reads, lane) for s in steps])
 
-    def matrices(self, tensor: TensorPlan, work: list[MatrixWork], *, base: bool) -> Item:
+    def matrices(self, tensor: TensorPlan, lane: Lane, work: list[MatrixWork], *, base: bool) -> Item:
         """Returns the item of a tensor that the method merges, with its reads.
 
         Args:
             tensor: the tensor.
+            lane: where it is merged.
             work: its matrices.
             base: whether the base is read with each matrix although no delta needs it.
         """
-        jobs = [self.read_jobs(self._reader.matrix_reads(tensor, matrix.index, base=base)) for matrix in work]
-        return Item(tensor, work=work, jobs=jobs)
+        reads = [self._reader.matrix_reads(tensor, matrix.index, base=base) for matrix in work]
+        return Item(tensor, lane, work=work, jobs=[self._reads(matrix, lane) for matrix in reads])
 
-    def module(self, tensor: TensorPlan) -> Item:
+    def module(self, tensor: TensorPlan, lane: Lane) -> Item:
         """Returns the item of an adapter's module that a rule takes or averages."""
-        return Item(
-            tensor,
-            jobs=[self.read_jobs(self._reader.matrix_reads(tensor, None, base=False))],
-            module=True,
-        )
+        reads = self._reader.matrix_reads(tensor, None, base=False)
+        return Item(tensor, lane, jobs=[self._reads(reads, lane)])
 
-    def read_jobs(self, reads: list[Read]) -> list[ReadJob]:
-        """Returns the jobs for those reads that are from files; small ones share a job."""
-        jobs: list[list[Read]] = []
-        size = PIECE
-        for read in reads:
-            if read.info.file is None:
-                continue
-            if size + read.nbytes > PIECE:
-                jobs.append([])
-                size = 0
-            jobs[-1].append(read)
-            size += read.nbytes
-        return [ReadJob(self._files, group, pinned=self._pinned) for group in jobs]
+    def claimed(self, item: Item) -> Iterator[Job]:
+        """Yields the jobs that read an item, in their place among all reads."""
+        for jobs in item.jobs:
+            for job in jobs:
+                yield job.claim()
 
-    def host_jobs(self, items: Iterable[Item], workers: Workers, put: Put) -> Iterator[Job]:
-        """Yields the jobs of items in order: rows are read, made and handed to `put` in one job each."""
-        for item in items:
-            if item.rule is not None:
-                for step in item.rule.preparations():
-                    yield self._step_job(item, item.rule, step, workers, put)
-                for step in item.rule.steps():
-                    yield self._step_job(item, item.rule, step, workers, put)
-            for jobs in item.jobs:
-                for job in jobs:
-                    yield job.claim()
-
-    def _step_job(self, item: Item, rule: RowRule, step: Step, workers: Workers, put: Put) -> Job:
+    def step(self, item: Item, rule: RowRule, step: Step, workers: Workers, put: Put) -> Job:
+        """Returns the job that reads for a step, makes its rows and hands them to `put`."""
         reads = [self._files.claim(read) for read in step.reads]
 
         def run() -> None:
@@ -191,6 +129,20 @@ class Items:
                     put(rule, step, made)
 
         return Job(run, step.nbytes, item.prepared if step.rows is None else item.made)
+
+    def _reads(self, reads: list[Read], lane: Lane) -> list[ReadJob]:
+        """Returns the jobs for those reads that are from files; small ones share a job."""
+        jobs: list[list[Read]] = []
+        size = PIECE
+        for read in reads:
+            if read.info.file is None:
+                continue
+            if size + read.nbytes > PIECE:
+                jobs.append([])
+                size = 0
+            jobs[-1].append(read)
+            size += read.nbytes
+        return [ReadJob(self._files, group, pinned=lane.device.type != "cpu") for group in jobs]
 
 
 class _Buffers:
@@ -228,7 +180,3 @@ class _Buffers:
         if buffer.numel() <= self.LARGEST:
             with self._lock:
                 self._free.append(buffer)
-
-
-def _key(read: Read) -> Key:
-    return id(read.info), read.start, read.stop

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
 from dirmerge.checkpoints.writer import OutputFolder, copy_side_files
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.card import write_documents
 from dirmerge.engine.compute import Budget, Compute
 from dirmerge.engine.deltas import DeltaReader
-from dirmerge.engine.items import Feed, Item, Items, ReadJob
+from dirmerge.engine.items import Item, ItemJobs, ReadJob
+from dirmerge.engine.lanes import DeviceLane, Feed, HostLane, Lane, on_device
 from dirmerge.engine.reading import InputFiles
 from dirmerge.engine.result import MergeResult, Progress, ProgressCallback, TensorRecord
-from dirmerge.engine.rules import Made, RowRule, Step, UpdatedRows, check_inputs, row_rule
+from dirmerge.engine.rules import RowRule, UpdatedRows, check_inputs, row_rule
 from dirmerge.engine.sinks import MemorySink, Sink, open_sink
 from dirmerge.engine.tokenizer import finish_tokenizer
 from dirmerge.engine.waiting import WaitingUpdates
@@ -40,8 +42,6 @@ from dirmerge.planning import Plan, TensorPlan
 
 # What a byte of output costs against a floating-point operation, for the progress bar.
 FLOPS_PER_BYTE = 50.0
-
-CPU = torch.device("cpu")
 
 Update = Tensor | LowRank
 
@@ -129,15 +129,17 @@ class _Merge:
         self.sink = sink
         self.reader = DeltaReader.of(plan)
         self.files = InputFiles(plan)
-        self.items = Items(self.reader, self.files)
+        self.jobs = ItemJobs(self.reader, self.files)
         self.budget = Budget.of_plan(compute, plan)
         self.workers = Workers(compute.workers, self.budget.ahead, self.budget.behind)
         self.workers.on_stop(self.files.stop)
-        self.waiting = WaitingUpdates(scratch, self.budget.waiting)
+        self.waiting = WaitingUpdates(scratch, self.budget.waiting_on(compute.devices))
+        self.lanes: list[Lane] = []
         self.records: list[TensorRecord] = []
         self.common_scale: float | None = None
         self.scale_origin = plan.scale.origin
         self.alignment: float | None = None
+        self._devices = compute.devices
         self._progress = progress
         # With one λ for the model, a first pass merges what λ follows from, and does all that needs no λ.
         self._two_passes = plan.scale.alignment is not None and plan.scale.per == "model"
@@ -154,12 +156,12 @@ class _Merge:
         """Merges all tensors; with one λ for the model, first those from which λ follows."""
         check_inputs(self.plan, self.reader, self.sink)
         records = {t.name: TensorRecord(t.name, t.rule, t.why) for t in self.plan.tensors}
-        with self.workers, self.waiting:
+        with self.workers, self.waiting, ExitStack() as stack:
+            for device in self._devices:
+                self.lanes.append(self._lane(device))
+                stack.callback(self.lanes[-1].close)
             scale = self._find_scale(records) if self._two_passes else None
-            for item in self._feed(self._last, scale):
-                with _timed(records[item.tensor.name]) as record:
-                    self._write(item, record, scale)
-                self._step("write", item.tensor)
+            self._pass(self._last, scale, lambda item: self._write(item, records[item.tensor.name], scale))
             for rest in self.files.rest():
                 self.workers.submit(Job(rest, 0))
             self.workers.drain()
@@ -171,17 +173,26 @@ class _Merge:
         scales = {record.scale for record in self.records if record.scale is not None}
         self.common_scale = scales.pop() if len(scales) == 1 else None
 
+    def _lane(self, device: torch.device) -> Lane:
+        if device.type == "cpu":
+            return HostLane(self.reader, self.workers, self.jobs, self.sink)
+        ahead = self.budget.device_ahead
+        return DeviceLane(device, self.reader, self.workers, self.jobs, self.sink, ahead)
+
     def _find_scale(self, records: dict[str, TensorRecord]) -> float:
         """Merges the aligned tensors and lets them wait; returns λ = target / a(D)."""
-        terms: list[AlignmentTerms] = []
-        for item in self._feed(self._first, None):
-            with _timed(records[item.tensor.name]) as record:
-                if item.tensor.rule == "merge":
-                    terms.append(self._merge_aside(item, record))
-                else:
-                    self._write(item, record, None)
-            self._step("merge" if item.tensor.rule == "merge" else "write", item.tensor)
-        total = AlignmentTerms.total(terms)
+        terms: dict[str, AlignmentTerms] = {}
+
+        def perform(item: Item) -> None:
+            name = item.tensor.name
+            if item.tensor.rule == "merge":
+                terms[name] = self._merge_aside(item, records[name])
+            else:
+                self._write(item, records[name], None)
+
+        self._pass(self._first, None, perform)
+        # The order of the sum decides its last bits: it is the plan's, whoever was first.
+        total = AlignmentTerms.total(terms[t.name] for t in self._first if t.name in terms)
         scale = self._scale_for(total, "alignment")
         if total.value is not None:
             self.alignment = scale * total.value
@@ -189,77 +200,123 @@ class _Merge:
             self.scale_origin += "; no matrix changes, so λ has no effect"
         return scale
 
-    def _feed(self, tensors: list[TensorPlan], scale: float | None) -> Iterator[Item]:
-        """Starts the workers on some tensors and yields the items in their order."""
-        items = [self._item(tensor, scale) for tensor in tensors]
-        self.workers.feed(self.items.host_jobs(list(items), self.workers, self._put))
-        items.reverse()
-        while items:
-            yield items.pop()
+    def _pass(self, tensors: list[TensorPlan], scale: float | None, perform: Callable[[Item], None]) -> None:
+        """Performs some tensors, each on the lane with the least work before it; tells of them in order."""
+        loads = [0.0] * len(self.lanes)
+        items: list[Item | None] = []
+        for tensor in tensors:
+            chosen = loads.index(min(loads))
+            loads[chosen] += _work(tensor)
+            items.append(self._item(tensor, self.lanes[chosen], scale))
+        self.workers.feed(_jobs(deque(item for item in items if item)))
+        for lane in self.lanes:
+            lane.begin([item for item in items if item and item.lane is lane])
+        phases = ["merge" if tensors is self._first and t.rule == "merge" else "write" for t in tensors]
+        ended = [threading.Event() for _ in items]
+        threads = []
+        if len(self.lanes) > 1:
+            for lane in self.lanes:
+                numbers = [i for i, item in enumerate(items) if item and item.lane is lane]
+                threads.append(
+                    threading.Thread(target=self._run, args=(lane, items, numbers, ended, perform))
+                )
+                threads[-1].start()
+        for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
+            if not threads:
+                self._run(self.lanes[0], items, [i], ended, perform)
+            ended[i].wait()
+            self.workers.check()
+            if tensor.written and phase == "write":
+                self._written += self.plan.bytes_of(tensor)
+            self._step(phase, tensor)
+        for thread in threads:
+            thread.join()
 
-    def _item(self, tensor: TensorPlan, scale: float | None) -> Item:
+    def _run(
+        self,
+        lane: Lane,
+        items: list[Item | None],
+        numbers: list[int],
+        ended: list[threading.Event],
+        perform: Callable[[Item], None],
+    ) -> None:
+        """Performs the items of a lane; an error stops all, and those that wait."""
+        try:
+            with on_device(lane.device):
+                for i in numbers:
+                    item, items[i] = items[i], None  # what it holds goes with it
+                    assert item is not None  # each is performed once
+                    perform(item)
+                    ended[i].set()
+        except BaseException as error:
+            self.workers.fail(error)
+            for event in ended:
+                event.set()
+            if threading.current_thread() is threading.main_thread():
+                raise
+
+    def _item(self, tensor: TensorPlan, lane: Lane, scale: float | None) -> Item:
         """Returns what is to do for a tensor; `scale` is the λ of the model, once it is known."""
         if not tensor.written or (tensor.module is not None and tensor.name in self.waiting):
-            return Item(tensor)
+            return Item(tensor, lane)
         if tensor.module is not None and tensor.rule != "merge":
-            return self.items.module(tensor)
+            return self.jobs.module(tensor, lane)
         known = tensor.scale if scale is None else scale
         work = matrices(self.plan, tensor, align=known is None) if tensor.rule == "merge" else []
+        rule: RowRule | None
         if any(matrix.name in self.waiting for matrix in work):
             assert known is not None  # what waits, waits for it
-            return self.items.rows(tensor, self._waiting_rows(tensor, work, known))
-        rule = row_rule(self.plan, self.reader, tensor, known)
+            rule = self._waiting_rows(tensor, lane, work, known)
+        else:
+            rule = row_rule(self.plan, self.reader, tensor, known)
         if rule is not None:
-            return self.items.rows(tensor, rule)
-        return self.items.matrices(tensor, work, base=self.plan.output == "model" and known is not None)
+            rule.chunk_bytes = lane.chunk_bytes
+            return self.jobs.rows(tensor, lane, rule)
+        base = self.plan.output == "model" and known is not None
+        return self.jobs.matrices(tensor, lane, work, base=base)
 
     def _write(self, item: Item, record: TensorRecord, scale: float | None) -> None:
         """Sees to it that a tensor is made and written."""
-        tensor = item.tensor
+        tensor, lane = item.tensor, item.lane
         if tensor.rule == "merge":
             record.scale = tensor.scale if tensor.scale is not None else scale
         if item.rule is not None:
-            self.workers.wait(item.made)
+            lane.make_rows(item)
             record.seconds += item.prepared.seconds + item.made.seconds
-            item.rule = None
         elif tensor.module is not None and tensor.rule != "merge":
-            self._write_module(tensor, self._module_update(item), 1.0, record)
+            self._write_module(lane, tensor, self._module_update(item), 1.0, record)
         elif tensor.module is not None and tensor.name in self.waiting:
             assert record.scale is not None  # what waits, waits for it
-            self._write_module(tensor, self.waiting.get(tensor.name), record.scale, record)
+            self._write_module(lane, tensor, self._take(tensor.name, lane), record.scale, record)
         elif item.work and record.scale is None:
             terms = self._merge_aside(item, record)
             record.scale = self._scale_for(terms, f"alignment: {tensor.name}")
             if tensor.module is not None:
-                self._write_module(tensor, self.waiting.get(tensor.name), record.scale, record)
+                self._write_module(lane, tensor, self._take(tensor.name, lane), record.scale, record)
             else:
-                self._submit(self._waiting_rows(tensor, item.work, record.scale))
+                lane.write_rows(self._waiting_rows(tensor, lane, item.work, record.scale))
         else:
             for found, base in self._merged(item):
                 assert record.scale is not None  # not to be found, so it is known
                 extend(record, found)
                 if tensor.module is not None:
-                    self._write_module(tensor, found.merged.value, record.scale, record)
+                    self._write_module(lane, tensor, found.merged.value, record.scale, record)
                 else:
-                    value, index = found.merged.value, found.work.index
-                    updates = {index: lambda value=value: value}
-                    self._submit(UpdatedRows(self.reader, tensor, updates, record.scale, base))
-        if tensor.written:
-            self._written += self.plan.bytes_of(tensor)
+                    value = found.merged.value
+                    updates = {found.work.index: lambda value=value: value}
+                    lane.write_rows(UpdatedRows(self.reader, tensor, updates, record.scale, base))
 
     def _merged(self, item: Item) -> Iterator[tuple[MergedMatrix, Tensor | None]]:
         """Merges the matrices of an item one by one; with each comes its base, where that was read."""
-        tensor = item.tensor
+        tensor, lane = item.tensor, item.lane
         for work, jobs in zip(item.work, item.jobs, strict=True):
-            feed = self._open(jobs)
-            (found,) = merge_matrices([work], self._reader(feed), CPU)
+            feed = self._open(lane, jobs)
+            reader = DeltaReader(self.reader.inputs, feed.read)
+            (found,) = merge_matrices([work], reader, lane.device)
             base = None
             if tensor.in_base and self.plan.output == "model":
-                read = self.reader.base_read(tensor.name, *work.rows)
-                base = feed.read(read.info, read.start, read.stop)
-                base = self.reader.fetch(read) if base is None else base
+                base = feed.fetch(self.reader, self.reader.base_read(tensor.name, *work.rows))
             feed.close()
-            jobs.clear()
             yield found, base
             del found, base
 
@@ -282,38 +339,38 @@ class _Merge:
         except ValueError as error:
             raise RecipeError(f"{self.plan.origin}: {place}: {error}") from error
 
-    def _waiting_rows(self, tensor: TensorPlan, work: list[MatrixWork], scale: float) -> UpdatedRows:
-        updates = {matrix.index: lambda name=matrix.name: self.waiting.get(name) for matrix in work}
+    def _take(self, name: str, lane: Lane) -> Update:
+        update = self.waiting.get(name)
+        return update if update.device == lane.device else update.to(lane.device)
+
+    def _waiting_rows(
+        self, tensor: TensorPlan, lane: Lane, work: list[MatrixWork], scale: float
+    ) -> UpdatedRows:
+        updates = {matrix.index: lambda name=matrix.name: self._take(name, lane) for matrix in work}
         return UpdatedRows(self.reader, tensor, updates, scale)
 
-    def _open(self, jobs: list[ReadJob]) -> Feed:
-        size = sum(job.nbytes for job in jobs)
-        return Feed(self.workers, jobs, keep=size <= self.budget.ahead)
-
-    def _reader(self, feed: Feed) -> DeltaReader:
-        """Returns a reader that takes what the workers have read, and reads itself what they have not."""
-
-        def read(info: TensorInfo, start: int | None = None, stop: int | None = None) -> Tensor:
-            value = feed.read(info, start, stop)
-            return read_tensor(info, start, stop) if value is None else value
-
-        return DeltaReader(self.reader.inputs, read)
+    def _open(self, lane: Lane, jobs: list[ReadJob]) -> Feed:
+        keep = sum(job.nbytes for job in jobs) <= self.budget.ahead
+        return Feed(lane, jobs, self.reader.inputs.base, keep=keep)
 
     def _module_update(self, item: Item) -> LowRank:
         """Returns the update of an adapter's module that is taken from one adapter, or a mean."""
-        (jobs,) = item.jobs
-        feed = self._open(jobs)
-        reader = self._reader(feed)
+        feed = self._open(item.lane, item.jobs[0])
+        reader = DeltaReader(self.reader.inputs, feed.read)
+        device = item.lane.device
         sources = [source for source in item.tensor.sources if source.weight != 0]
         if item.tensor.rule == "take":
-            update = reader.low_rank(sources[0])
+            update = reader.low_rank(sources[0], device)
         else:
             total = sum(source.weight for source in item.tensor.sources)
-            update = LowRank.sum([reader.low_rank(s).scaled(s.weight / total) for s in sources])
+            parts = [reader.low_rank(s, device).scaled(s.weight / total) for s in sources]
+            update = LowRank.sum(parts)
         feed.close()
         return update
 
-    def _write_module(self, tensor: TensorPlan, update: Update, scale: float, record: TensorRecord) -> None:
+    def _write_module(
+        self, lane: Lane, tensor: TensorPlan, update: Update, scale: float, record: TensorRecord
+    ) -> None:
         """Writes the update of an adapter's module, cut to the planned rank."""
         assert tensor.rank is not None  # _adapter_module of the planner
         if isinstance(update, Tensor):
@@ -326,25 +383,7 @@ class _Merge:
         if tensor.rule == "merge":
             record.rank = update.rank
             record.kept_energy = kept
-        final = update.scaled(scale)
-        self.workers.submit(Job(lambda: self.sink.update(tensor, final), self.plan.bytes_of(tensor)))
-
-    def _submit(self, rule: RowRule) -> None:
-        """Lets the workers make and write rows of an update."""
-        for step in rule.steps():
-
-            def make(step: Step = step) -> None:
-                made = step.make([self.reader.fetch(read) for read in step.reads])
-                assert made is not None  # a step of rows
-                self._put(rule, step, made)
-
-            self.workers.submit(Job(make, step.nbytes))
-
-    def _put(self, rule: RowRule, step: Step, made: Made) -> None:
-        assert step.rows is not None  # a step of rows
-        if int(made.nonfinite):
-            raise rule.blame(*step.rows)
-        self.sink.write(rule.tensor, made.value, step.rows[0])
+        lane.write_module(tensor, update.scaled(scale))
 
     def _step(self, phase: str, tensor: TensorPlan) -> None:
         self._done += 1
@@ -355,12 +394,11 @@ class _Merge:
             self._progress(Progress(phase, tensor.name, *counts, fraction))
 
 
-@contextmanager
-def _timed(record: TensorRecord) -> Iterator[TensorRecord]:
-    """Adds the time that passes to a record."""
-    begun = time.perf_counter()
-    yield record
-    record.seconds += time.perf_counter() - begun
+def _jobs(items: deque[Item]) -> Iterator[Job]:
+    """Yields the jobs of items and lets go of the items."""
+    while items:
+        item = items.popleft()
+        yield from item.lane.jobs(item)
 
 
 def extend(record: TensorRecord, found: MergedMatrix) -> None:

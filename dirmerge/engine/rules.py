@@ -66,7 +66,12 @@ class RowRule:
     Args:
         reader: of the plan's inputs.
         tensor: the tensor.
+
+    Attributes:
+        chunk_bytes: about which size in float32 rows are made at a time; None for the default.
     """
+
+    chunk_bytes: int | None = None
 
     def __init__(self, reader: DeltaReader, tensor: TensorPlan) -> None:
         self.reader = reader
@@ -74,7 +79,7 @@ class RowRule:
 
     def rows(self) -> list[Rows]:
         """Returns the ranges of rows that are made one by one."""
-        return list(row_chunks(self.tensor.shape))
+        return list(row_chunks(self.tensor.shape, size=self.chunk_bytes))
 
     def preparations(self) -> list[Step]:
         """Returns the steps that must have ended before any row is made."""
@@ -177,7 +182,7 @@ class SummedRows(RowRule):
 
     def rows(self) -> list[Rows]:
         """Returns the ranges of rows, none across the first row that not all models have."""
-        return list(row_chunks(self.tensor.shape, self.tensor.rows))
+        return list(row_chunks(self.tensor.shape, self.tensor.rows, self.chunk_bytes))
 
     def reads(self, start: int | None, stop: int | None) -> list[Read]:
         """Returns the base's rows and those of the fine-tunes that have their own."""
@@ -389,13 +394,13 @@ def check_inputs(plan: Plan, reader: DeltaReader, sink: Sink) -> None:
                 sink.tie(tensor.name, tensor.tied_to)
 
 
-def row_chunks(shape: Sequence[int], common: int | None = None) -> Iterator[Rows]:
-    """Yields row ranges of about CHUNK_BYTES in float32, none across row `common`; (None, None) is all.
+def row_chunks(shape: Sequence[int], common: int | None = None, size: int | None = None) -> Iterator[Rows]:
+    """Yields row ranges of about `size` bytes in float32, none across row `common`; (None, None) is all.
 
     With `common` the ranges are always explicit: a fine-tune may have more rows than the base.
     """
     rows = shape[0] if shape else 1
-    step = max(1, CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    step = max(1, (size or CHUNK_BYTES) // max(1, 4 * math.prod(shape[1:])))
     if not shape or (step >= rows and common is None):
         yield None, None
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.spool import Spool
 from dirmerge.deltas.lowrank import LowRank
+from dirmerge.engine.compute import CPU
 
 
 class WaitingUpdates:
@@ -17,12 +20,13 @@ class WaitingUpdates:
 
     Args:
         folder: on whose file system those wait that do not fit into memory.
-        budget: bytes that may wait in memory.
+        budget: bytes that may wait on each device; what has no room there waits in the host's memory or on
+            the disk.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
+    def __init__(self, folder: Path, budget: Mapping[torch.device, int]) -> None:
         self._folder = folder
-        self._left = budget
+        self._left = dict(budget)
         self._held: dict[str, Tensor | LowRank] = {}
         self._spool: Spool | None = None
         self._lock = threading.Lock()
@@ -47,11 +51,17 @@ class WaitingUpdates:
             OutputError: it cannot be written to the disk.
         """
         size = update_bytes(update)
-        with self._lock:
-            if size <= self._left:
-                self._left -= size
-                self._held[name] = update
+        for device in (update.device, CPU):
+            with self._lock:
+                fits = size <= self._left.get(device, 0)
+                if fits:
+                    self._left[device] -= size
+            update = update if update.device == device else update.to(device)
+            if fits:
+                with self._lock:
+                    self._held[name] = update
                 return
+        with self._lock:
             if self._spool is None:
                 self._spool = Spool(self._folder)
             self._spool.put(name, update)
@@ -61,7 +71,7 @@ class WaitingUpdates:
         with self._lock:
             update = self._held.pop(name, None)
             if update is not None:
-                self._left += update_bytes(update)
+                self._left[update.device] += update_bytes(update)
                 return update
             if self._spool is None:
                 raise KeyError(name)

@@ -159,6 +159,16 @@ class Workers:
                 self._change.wait()
             self._check()
 
+    def fail(self, error: BaseException) -> None:
+        """Stops all for an error outside the jobs."""
+        with self._change:
+            self._fail(-1, error)
+
+    def check(self) -> None:
+        """Raises the error that has stopped the workers, if one has."""
+        with self._change:
+            self._check()
+
     def _check(self) -> None:
         if self._error is not None:
             raise self._error[1]
