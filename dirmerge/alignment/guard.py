@@ -39,7 +39,7 @@ class Reading:
         return (0.0 if self.own is None else sum(self.own) / len(self.own), -self.loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
+        """Returns it as plain data (JSON)."""
         return asdict(self)
 
 

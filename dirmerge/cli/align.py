@@ -14,7 +14,7 @@ from dirmerge.cli.progress import align_bar, json_align_progress, print_json
 from dirmerge.cli.tables import make_table, open_console
 
 if TYPE_CHECKING:
-    from dirmerge.alignment.run import AlignResult
+    from dirmerge.alignment.result import AlignResult
 
 
 def align(

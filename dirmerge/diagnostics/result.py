@@ -318,7 +318,7 @@ def _mean_pairs(pairs: Sequence[Pairs], count: int) -> Pairs:
 
 
 def _mean(values: Iterable[float | None], weights: Sequence[float] | None = None) -> float | None:
-    """Return the mean of the values that are there, None if none is."""
+    """Returns the mean of the values that are there, None if none is."""
     listed = list(values)
     sizes = [1.0] * len(listed) if weights is None else weights
     known = [(value, size) for value, size in zip(listed, sizes, strict=True) if value is not None]
