@@ -22,13 +22,13 @@ def align(
     out: Out,
     state: Annotated[
         Path | None,
-        typer.Option("--state", help="File (.safetensors) from which an interrupted learning goes on."),
+        typer.Option("--state", help="Resume from this state file (.safetensors), written while learning."),
     ] = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
     log: Log = LogKind.text,
 ) -> None:
-    """Merge, and align every task's features with unlabelled data: one backbone, a head per task."""
+    """Merges, and aligns every task's features with unlabelled data: one backbone, a head per task."""
     with report_errors(log):
         from dirmerge.alignment.run import align as run_align
 

@@ -10,30 +10,31 @@ import typer
 
 
 class OutputKind(str, enum.Enum):
-    """What is written."""
+    """Kind of output."""
 
     model = "model"
     adapter = "adapter"
 
 
 class LogKind(str, enum.Enum):
-    """How progress is shown."""
+    """Form of progress and result."""
 
     text = "text"
     json = "json"
 
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file, mergekit's schema and our keys.")
+    Path, typer.Argument(metavar="RECIPE", help="YAML file: mergekit's schema and dirmerge's keys.")
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; it is written atomically.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the folder if dirmerge wrote it and it holds no input.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's.")]
 AsKind = Annotated[OutputKind, typer.Option("--as", help="Write a model, or a PEFT adapter (from adapters).")]
 Rank = Annotated[
-    int | None, typer.Option("--rank", min=1, help="Rank of the adapter written; default Σ r_t.")
+    int | None,
+    typer.Option("--rank", min=1, help="Rank of the adapter (--as adapter); default: the sum of all ranks."),
 ]
 Log = Annotated[LogKind, typer.Option("--log", help="text, or json: one object per line on standard output.")]
 

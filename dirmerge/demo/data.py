@@ -47,7 +47,7 @@ Builder = Callable[[Archives], tuple[list[Example], Mapping[str, str]]]
 
 @dataclass(frozen=True)
 class TaskSource:
-    """How a task is made: its title, archive, licence, attribution, and the function that builds its examples."""
+    """How a task is made: title, archive, licence, attribution, and the function that builds its examples."""
 
     title: str
     package: str
