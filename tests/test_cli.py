@@ -205,7 +205,7 @@ def test_sigterm_leaves_nothing(models):
         "import os, signal, sys\n"
         "from dirmerge.engine import rules\n"
         "def stop(*_):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "rules.RuleWriter.add = stop\n"
+        "rules.UpdatedRows.make = stop\n"
         "from dirmerge.cli import main\n"
         "main()\n"
     )

@@ -23,8 +23,9 @@ import os
 import stat
 import struct
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,11 @@ _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMS = 64
 _MAX_INT64 = 2**63 - 1
 
+PIECE = 8 << 20
+"""Bytes of a piece in which files are read: large enough for any disk, small enough for a CPU's cache."""
+
 Shape = tuple[int, ...]
+PieceCallback = Callable[[int, memoryview], None]
 Entry = tuple[str, torch.dtype, Sequence[int]]
 
 
@@ -219,44 +224,99 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
     return {info.name: info for info in tensors}, metadata
 
 
-def read_tensor(info: TensorInfo, start: int | None = None, stop: int | None = None) -> Tensor:
-    """Reads a tensor, or its rows start:stop along dimension 0, into fresh memory.
+def locate(info: TensorInfo, start: int | None, stop: int | None) -> tuple[int, int, Shape]:
+    """Returns the first byte, the number of bytes and the shape of a tensor, or of its rows start:stop.
+
+    Raises:
+        ValueError: for rows out of range, rows of a scalar, or a tensor of a state dict.
+    """
+    if info.file is None:
+        raise ValueError(f"{info.name!r} is a tensor of a state dict, not of a file")
+    if start is None and stop is None:
+        return info.offset, info.nbytes, info.shape
+    if not info.shape:
+        raise ValueError(f"{info.name!r} is a scalar: it has no rows")
+    begin, end = check_rows(start, stop, info.shape[0], info.name)
+    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+    return info.offset + begin * row_bytes, (end - begin) * row_bytes, (end - begin, *info.shape[1:])
+
+
+def read_tensor(
+    info: TensorInfo,
+    start: int | None = None,
+    stop: int | None = None,
+    *,
+    into: Tensor | None = None,
+    passed: PieceCallback | None = None,
+) -> Tensor:
+    """Reads a tensor, or its rows start:stop along dimension 0.
 
     Args:
         info: from read_header.
         start: first row, 0 by default.
         stop: row after the last, shape[0] by default.
+        into: bytes (uint8) to read into, at least as many as are read; fresh memory by default.
+        passed: called with the offset in the file and the bytes of every piece that was read, in order.
 
     Returns:
-        A contiguous tensor on the CPU in the stored dtype, owned by the caller.
+        A contiguous tensor on the CPU in the stored dtype, in fresh memory or a view of `into`.
 
     Raises:
         CheckpointError: if the file is gone, was changed since its header was read, or holds a byte that is
             no boolean.
         ValueError: for rows out of range, or rows of a scalar.
     """
-    if info.file is None:
-        raise ValueError(f"{info.name!r} is a tensor of a state dict, not of a file")
-    shape, first = info.shape, 0
-    if start is not None or stop is not None:
-        if not shape:
-            raise ValueError(f"{info.name!r} is a scalar: it has no rows")
-        begin, end = check_rows(start, stop, shape[0], info.name)
-        first, shape = begin, (end - begin, *shape[1:])
-    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
-    nbytes = math.prod(shape) * info.dtype.itemsize
-    raw = torch.empty(nbytes, dtype=torch.uint8)
-    with open_regular(info.file) as file:
-        status = os.fstat(file.fileno())
-        if info.stamp is not None and info.stamp != (status.st_size, status.st_mtime_ns):
-            raise CheckpointError(
-                f"{info.file}: was changed while dirmerge was reading it (tensor {info.name!r})"
-            )
-        file.seek(info.offset + first * row_bytes)
-        fill(file, raw.numpy().data, f"{info.file}: tensor {info.name!r}")
+    offset, nbytes, shape = locate(info, start, stop)
+    assert info.file is not None  # locate() refuses it
+    raw = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
+    data = raw.numpy().data
+    read_pieces(
+        info.file,
+        info.stamp,
+        offset,
+        offset + nbytes,
+        lambda at, size: data[at - offset : at - offset + size],
+        passed,
+        f"tensor {info.name!r}",
+    )
     if info.dtype == torch.bool and bool((raw > 1).any()):
         raise CheckpointError(f"{info.file}: tensor {info.name!r} holds bytes that are no booleans")
     return raw.view(info.dtype).view(shape)
+
+
+def read_pieces(
+    path: Path,
+    stamp: tuple[int, int] | None,
+    begin: int,
+    end: int,
+    target: Callable[[int, int], memoryview],
+    passed: PieceCallback | None = None,
+    what: str = "it",
+) -> None:
+    """Reads the bytes begin:end of a file in pieces of at most PIECE bytes.
+
+    Args:
+        path: the file.
+        stamp: its size and modification time when its header was read; None not to compare them.
+        begin: first byte.
+        end: byte after the last.
+        target: returns the memory for the piece of a given offset and size.
+        passed: called with the offset and the bytes of every piece that was read.
+        what: what is read, for messages.
+
+    Raises:
+        CheckpointError: if the file is gone, ends before, cannot be read or was changed.
+    """
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        if stamp is not None and stamp != (status.st_size, status.st_mtime_ns):
+            raise CheckpointError(f"{path}: was changed while dirmerge was reading it ({what})")
+        file.seek(begin)
+        for at in range(begin, end, PIECE):
+            view = target(at, min(PIECE, end - at))
+            fill(file, view, f"{path}: {what}")
+            if passed is not None:
+                passed(at, view)
 
 
 def check_rows(start: int | None, stop: int | None, rows: int, name: str) -> tuple[int, int]:
@@ -276,10 +336,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 class SafetensorsFileWriter:
     """Writes one safetensors file whose content is known up front, tensor by tensor.
 
-    The header is written first; the tensors then come in any order, each at once or in consecutive row
-    chunks. Inside the file wider
-    dtypes come first, so that every tensor is aligned to its element size, which readers that map the file
-    require.
+    The header is written first; the tensors and their rows then come in any order, from any thread, each
+    entry once. Inside the file wider dtypes come first, so that every tensor is aligned to its element size,
+    which readers that map the file require.
 
     Args:
         path: the file; it must not exist.
@@ -324,7 +383,11 @@ class SafetensorsFileWriter:
             )
         self._planned = planned
         self._spans = {name: (8 + len(raw) + offset, nbytes) for name, (offset, nbytes) in spans.items()}
-        self._pending = dict.fromkeys(planned, 0)  # bytes written of each tensor that is not complete
+        # Of each tensor that is not complete: the byte ranges that were begun (end by begin), and the bytes
+        # that are still to come.
+        self._pending: dict[str, dict[int, int]] = {name: {} for name in planned}
+        self._left = {name: nbytes for name, (_, nbytes) in spans.items()}
+        self._lock = threading.Lock()
         try:
             self._file: io.FileIO | None = io.FileIO(self.path, "xb")
             self._put(0, memoryview(struct.pack("<Q", len(raw)) + raw))
@@ -352,13 +415,12 @@ class SafetensorsFileWriter:
 
         Args:
             name: one of the planned names.
-            tensor: the whole tensor; with `start`, the rows from `start` on, which must follow the rows
-                written before.
+            tensor: the whole tensor; with `start`, the rows from `start` on.
             start: first row.
 
         Raises:
-            ValueError: for an unknown name, another dtype or shape than planned, rows out of order, or a
-                second time.
+            ValueError: for an unknown name, another dtype or shape than planned, or rows that were written
+                before.
             OutputError: if the bytes cannot be written.
         """
         if self._file is None:
@@ -368,35 +430,29 @@ class SafetensorsFileWriter:
         dtype, shape = self._planned[name]
         if tensor.dtype != dtype:
             raise ValueError(f"{name!r} must be {dtype} as planned, got {tensor.dtype}")
-        if name not in self._pending:
-            raise ValueError(f"{name!r} was written before")
-        offset, nbytes = self._spans[name]
-        done = self._pending[name]
+        begin = 0
         if start is None:
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name!r} must have shape {shape} as planned, got {tuple(tensor.shape)}")
-            if done:
-                raise ValueError(f"{name!r} was begun in rows and must be finished so")
         else:
             if not shape or tuple(tensor.shape[1:]) != shape[1:] or tensor.ndim != len(shape):
                 raise ValueError(
                     f"rows of {name!r} must have shape (rows, {shape[1:]}), got {tuple(tensor.shape)}"
                 )
             check_rows(start, start + tensor.shape[0], shape[0], name)
-            if start * math.prod(shape[1:]) * dtype.itemsize != done:
-                raise ValueError(
-                    f"rows of {name!r} must follow each other, got row {start} after {done} bytes"
-                )
+            begin = start * math.prod(shape[1:]) * dtype.itemsize
         data = tensor_bytes(tensor)
+        self._claim(name, begin, begin + data.nbytes)
         try:
-            self._put(offset + done, data)
+            self._put(self._spans[name][0] + begin, data)
         except OSError as error:
             raise OutputError(
                 f"{self.path}: tensor {name!r} cannot be written: {error.strerror or error}"
             ) from error
-        self._pending[name] = done + data.nbytes
-        if self._pending[name] == nbytes:
-            del self._pending[name]
+        with self._lock:
+            self._left[name] -= data.nbytes
+            if self._left[name] == 0:
+                del self._pending[name]
 
     def close(self) -> None:
         """Checks that all tensors are complete (ValueError if not), flushes to the disk and closes."""
@@ -423,12 +479,24 @@ class SafetensorsFileWriter:
             self._file = None
             self.path.unlink(missing_ok=True)
 
+    def _claim(self, name: str, begin: int, end: int) -> None:
+        """Notes that a byte range of a tensor is written; ValueError if some of it was before."""
+        with self._lock:
+            if name not in self._pending:
+                raise ValueError(f"{name!r} was written before")
+            done = self._pending[name]
+            if any(begin < other_end and other < end for other, other_end in done.items()):
+                raise ValueError(f"rows of {name!r} were written before, in the bytes {begin}:{end}")
+            # Ranges that touch become one, so that a tensor written in order keeps a single one.
+            before = next((at for at, stop in done.items() if stop == begin), begin)
+            done[before] = done.pop(end, end)
+
     def _put(self, offset: int, data: memoryview) -> None:
         assert self._file is not None
-        self._file.seek(offset)
         position = 0
         while position < data.nbytes:
-            position += self._file.write(data[position : position + (1 << 30)])
+            part = data[position : position + (1 << 30)]
+            position += os.pwrite(self._file.fileno(), part, offset + position)
 
 
 def _require_little_endian() -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -286,10 +286,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 class ShardedWriter:
-    """Writes model.safetensors, or shards with their index, one tensor or row chunk at a time.
+    """Writes model.safetensors, or shards with their index: tensors and rows in any order, from any thread.
 
     Shards are filled in the order of `entries` and hold whole tensors; a tensor larger than `shard_size` has
-    a shard of its own. Writing in that order keeps one file open.
+    a shard of its own. Writing about in that order keeps one or two files open.
 
     Args:
         folder: where the files go.
@@ -319,6 +319,7 @@ class ShardedWriter:
         self._where = {name: file for file, shard in self._shards.items() for name, _, _ in shard}
         self._open: dict[str, SafetensorsFileWriter] = {}
         self._done: set[str] = set()
+        self._lock = threading.Lock()
         free = shutil.disk_usage(self.folder).free
         if free < self.total_size:
             raise OutputError(f"{self.folder}: needs {self.total_size} bytes, only {free} are free")
@@ -344,22 +345,32 @@ class ShardedWriter:
         if name not in self._where:
             raise ValueError(f"{name!r} is not a planned tensor of {self.folder}")
         file = self._where[name]
-        if file in self._done:
-            raise ValueError(f"{name!r} was written before")
-        writer = self._open.get(file)
-        if writer is None:
-            writer = SafetensorsFileWriter(self.folder / file, self._shards[file], self._metadata)
-            self._open[file] = writer
+        with self._lock:
+            if file in self._done:
+                raise ValueError(f"{name!r} was written before")
+            writer = self._open.get(file)
+            if writer is None:
+                writer = SafetensorsFileWriter(self.folder / file, self._shards[file], self._metadata)
+                self._open[file] = writer
         writer.write(name, tensor, start)
-        if writer.complete:
-            self._finish(file)
+        with self._lock:
+            finished = writer.complete and file not in self._done
+            if finished:
+                self._done.add(file)
+        if finished:
+            # Outside the lock: the other files need not wait until this one is on the disk.
+            writer.close()
+            with self._lock:
+                del self._open[file]
 
     def close(self) -> None:
         """Checks that every tensor was written and writes the index; ValueError names what is missing."""
         missing = [name for name, file in self._where.items() if file not in self._done | self._open.keys()]
         try:
             for file in list(self._open):
-                self._finish(file)
+                self._open[file].close()
+                del self._open[file]
+                self._done.add(file)
             if missing:
                 raise ValueError(
                     f"{self.folder}: {len(missing)} tensors were not written, e.g. {missing[0]!r}"
@@ -379,11 +390,6 @@ class ShardedWriter:
         for writer in self._open.values():
             writer.abort()
         self._open = {}
-
-    def _finish(self, file: str) -> None:
-        self._open[file].close()
-        del self._open[file]
-        self._done.add(file)
 
 
 def plan_shards(entries: Iterable[Entry], shard_size: int) -> tuple[list[list[Entry]], int]:
@@ -453,30 +459,6 @@ def copy_side_files(source: str | Path, out: str | Path, dtype: torch.dtype | No
         if _set_dtype(config, str(dtype).removeprefix("torch.")):
             write_json(out / CONFIG, config)
     return copied
-
-
-def sha256_file(path: str | Path, chunk: int = 1 << 22) -> str:
-    """Computes the SHA-256 of a file, `chunk` bytes at a time.
-
-    Args:
-        path: the file.
-        chunk: bytes to hold in memory.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(chunk))
-    with open_regular(Path(path)) as file:
-        try:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> bool:

@@ -160,7 +160,7 @@ class Inspector:
         for start, stop in ranges:
             base = self.read.base(tensor.name, start, stop) if is_dense else None
             rows = [
-                self.read.rows(tensor, source, base, start, stop, updates.get(source.task))
+                self.read.rows(source, base, start, stop, updates.get(source.task))
                 .reshape(-1, n)
                 .mul_(source.weight)
                 for source in sources

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dirmerge.checkpoints.adapters import open_adapter
+from dirmerge.checkpoints.hashing import ALGORITHMS, HASH, hash_file
 from dirmerge.checkpoints.reader import open_checkpoint
 from dirmerge.checkpoints.safetensors_io import read_json_object
-from dirmerge.checkpoints.writer import MANIFEST, sha256_file
+from dirmerge.checkpoints.writer import MANIFEST
 from dirmerge.deltas.difference import Difference
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.errors import CheckpointError, DirmergeError, MismatchError, RecipeError
@@ -114,19 +115,20 @@ def open_finished(folder: Path) -> tuple[dict[str, Any], Plan]:
 
 def _check_unchanged(path: Path, inputs: list[Any], plan: Plan) -> None:
     known = {
-        (number, file["name"]): file["sha256"]
+        (number, file["name"]): (algorithm, file[algorithm])
         for number, entry in enumerate(inputs)
         if isinstance(entry, dict)
         for file in entry.get("files", [])
-        if isinstance(file, dict)
-        and isinstance(file.get("name"), str)
-        and isinstance(file.get("sha256"), str)
+        if isinstance(file, dict) and isinstance(file.get("name"), str)
+        for algorithm in ALGORITHMS
+        if isinstance(file.get(algorithm), str)
     }
     for number, item in enumerate(plan.inputs):
         for file in item.files:
-            if known.get((number, Path(file.path).name)) != sha256_file(file.path):
+            algorithm, digest = known.get((number, Path(file.path).name), (HASH, None))
+            if digest is None or digest != hash_file(file.path, algorithm):
                 raise MismatchError(
-                    f"{file.path}: is not the file that was merged ({path} has another SHA-256 for this "
+                    f"{file.path}: is not the file that was merged ({path} has another hash for this "
                     "input, or none); merge again, or inspect the recipe instead"
                 )
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from dirmerge.checkpoints.hashing import HASH
 from dirmerge.checkpoints.writer import MANIFEST
+from dirmerge.engine.result import compute_text
 from dirmerge.planning import InputPlan, Plan
 
 CARD = "README.md"
@@ -48,6 +50,8 @@ def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
         "totals": plan.totals(),
         "notes": result["notes"],
         "fallbacks": result["fallbacks"],
+        "compute": result["compute"],
+        "read_bytes": result["read_bytes"],
         "seconds": result["seconds"],
         "peak_rss": result["peak_rss"],
         "recipe": plan.recipe,
@@ -81,13 +85,14 @@ def card(plan: Plan, result: Mapping[str, Any]) -> str:
     lines += [f"- options: {options}"] if options else []
     rules = ", ".join(f"{count} {rule}" for rule, count in sorted(result["rules"].items()))
     lines.append(f"- tensors by rule: {rules}")
+    lines.append(f"- ran on: {compute_text(result['compute'])}")
     if result["fallbacks"]:
         lines.append(f"- fallbacks in {len(result['fallbacks'])} tensors, see {MANIFEST}")
-    lines += ["", "## Inputs", "", "| input | kind | weight | file | SHA-256 |", "|---|---|---|---|---|"]
+    lines += ["", "## Inputs", "", "| input | kind | weight | file | BLAKE3 |", "|---|---|---|---|---|"]
     for item in plan.inputs:
         weight = "base" if item is plan.base else _weight(plan, item)
-        for file in _input(item, plan, result)["files"] or [{"name": "in memory", "sha256": "–"}]:
-            digest = f"`{file['sha256']}`" if len(file["sha256"]) > 1 else file["sha256"]
+        for file in _input(item, plan, result)["files"] or [{"name": "in memory", HASH: "–"}]:
+            digest = f"`{file[HASH]}`" if len(file[HASH]) > 1 else file[HASH]
             cells = [_cell(item.label), item.kind, weight, _cell(file["name"]), digest]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Recipe", "", "```yaml", recipe_text(plan.recipe).strip(), "```", ""]
@@ -105,9 +110,7 @@ def _input(item: InputPlan, plan: Plan, result: Mapping[str, Any]) -> dict[str, 
         "role": "base" if item is plan.base else "task",
         "source": item.label,
         "kind": item.kind,
-        "files": [
-            {"name": Path(file.path).name, "sha256": hashes.get(file.path, "–")} for file in item.files
-        ],
+        "files": [{"name": Path(file.path).name, HASH: hashes.get(file.path, "–")} for file in item.files],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ class MergeResult:
         alignment: a(λD) of the whole model, None where it was not computed.
         records: one per tensor, in the order of the output.
         notes: facts about the whole merge.
-        hashes: sha256 of every input weight file.
+        hashes: BLAKE3 of every input weight file, by path.
+        compute: devices, why these, threads and memory (Compute.to_dict()).
+        read_bytes: bytes read of the input files.
         seconds: wall time.
         peak_rss: largest resident memory of the process so far, in bytes.
     """
@@ -100,6 +102,8 @@ class MergeResult:
     records: list[TensorRecord]
     notes: list[str]
     hashes: dict[str, str]
+    compute: dict[str, Any]
+    read_bytes: int
     seconds: float
     peak_rss: int
 
@@ -144,6 +148,7 @@ class MergeResult:
             f"method     {self.method}",
             f"scale      {self.scale_text()}",
             f"tensors    {rules}",
+            f"ran on     {compute_text(self.compute)}",
             f"time       {self.seconds:.1f} s",
             f"peak RSS   {self.peak_rss / 1e9:.2f} GB",
             f"fallbacks  {len(self.fallbacks)}",
@@ -166,7 +171,17 @@ class MergeResult:
             "fallbacks": self.fallbacks,
             "notes": self.notes,
             "hashes": self.hashes,
+            "compute": self.compute,
+            "read_bytes": self.read_bytes,
             "seconds": round(self.seconds, 3),
             "peak_rss": self.peak_rss,
             "tensors": [record.to_dict() for record in self.records],
         }
+
+
+def compute_text(compute: Mapping[str, Any]) -> str:
+    """Return one phrase for Compute.to_dict(): devices, why these, threads, memory."""
+    text = f"{', '.join(compute['devices'])} ({compute['reason']}), {compute['threads']} threads"
+    if compute["memory"] is not None:
+        text += f", at most {compute['memory'] / 1e9:.2f} GB"
+    return text

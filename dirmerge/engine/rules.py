@@ -1,214 +1,396 @@
-"""The rules that write a tensor of the output: base, mean, take, identical, and W_0 + λ D of a merge."""
+"""The rules that make a tensor of the output row by row: copies, means, and W_0 + λ D of a merge."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dirmerge import ops
+from dirmerge.backends import FLOATING
 from dirmerge.deltas.lowrank import LowRank
-from dirmerge.engine.deltas import DeltaReader, row_range
-from dirmerge.engine.result import TensorRecord
+from dirmerge.engine.deltas import DeltaReader, check_finite, difference, row_range
+from dirmerge.engine.reading import Read
 from dirmerge.engine.sinks import MemorySink, Sink
 from dirmerge.errors import MismatchError, NonFiniteError
-from dirmerge.linalg import svd_truncated
-from dirmerge.planning import Plan, TensorPlan
+from dirmerge.methods.registry import RowForm
+from dirmerge.planning import Plan, Source, TensorPlan
+from dirmerge.planning.plan import CHUNK_BYTES
 
-# Rows are read, added and written in chunks of about this size in float32.
-CHUNK_BYTES = 64 << 20
+# A method that needs whole tensors before it can make a row reads all of them at once up to this size, and
+# beyond it one fine-tune at a time, and all once more by rows.
+WHOLE_BYTES = 256 << 20
 
 Update = Tensor | LowRank
 Rows = tuple[int | None, int | None]
 
 
-class RuleWriter:
-    """Writes tensors by their rules, in chunks of rows.
+class Made(NamedTuple):
+    """Rows of the output.
+
+    Attributes:
+        value: the rows, in the output's dtype.
+        nonfinite: how many of their entries, or of those they were made from, are NaN or infinite, as far as
+            that is an error; 0-dim, on the device of the value.
+    """
+
+    value: Tensor
+    nonfinite: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a rule: reads rows and makes rows of them.
+
+    Attributes:
+        rows: the rows that are made; None where the step only prepares others.
+        reads: what it needs, in order.
+        make: makes the rows from the values read; returns None where it prepares.
+        nbytes: what it holds in memory.
+    """
+
+    rows: Rows | None
+    reads: list[Read]
+    make: Callable[[list[Tensor]], Made | None]
+    nbytes: int
+
+
+class RowRule:
+    """How the rows of one tensor are made; a subclass per kind of rule.
+
+    Args:
+        reader: of the plan's inputs.
+        tensor: the tensor.
+    """
+
+    def __init__(self, reader: DeltaReader, tensor: TensorPlan) -> None:
+        self.reader = reader
+        self.tensor = tensor
+
+    def rows(self) -> list[Rows]:
+        """Returns the ranges of rows that are made one by one."""
+        return list(row_chunks(self.tensor.shape))
+
+    def preparations(self) -> list[Step]:
+        """Returns the steps that must have ended before any row is made."""
+        return []
+
+    def steps(self) -> Iterator[Step]:
+        """Yields the steps that make the rows."""
+        for rows in self.rows():
+            reads = self.reads(*rows)
+            size = _rows_numel(self.tensor.shape, rows) * self.tensor.dtype.itemsize
+            nbytes = sum(read.nbytes for read in reads) + size
+            yield Step(rows, reads, lambda values, rows=rows: self.make(values, *rows), nbytes)  # type: ignore[misc]
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns what is read for rows start:stop."""
+        raise NotImplementedError
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Makes rows start:stop from what was read for them."""
+        raise NotImplementedError
+
+    def blame(self, start: int | None, stop: int | None) -> NonFiniteError:
+        """Returns the error for rows that are not finite, or raises it with the file that is to blame."""
+        reads = self.reads(start, stop)
+        base: Tensor | None = None
+        for read in reads:
+            value = check_finite(self.reader.fetch(read), read.info, read.item)
+            if read.item is self.reader.inputs.base:
+                base = value
+            elif base is not None and base.shape == value.shape:
+                difference(value, base, read.info, read.item)
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return NonFiniteError(
+            f"{self.tensor.name}: the merged tensor is not finite in {dtype}; choose a wider out_dtype or a "
+            "smaller scale"
+        )
+
+
+class CopiedRows(RowRule):
+    """Rows of the base, or of one fine-tune (rule `take`) with what its adapter adds."""
+
+    def __init__(self, reader: DeltaReader, tensor: TensorPlan, source: Source | None) -> None:
+        super().__init__(reader, tensor)
+        self.source = source
+        self._updates = _Updates(reader, [] if source is None else [source])
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns the one read."""
+        own = None if self.source is None else self.reader.value_read(self.source, start, stop)
+        return [own or self.reader.base_read(self.tensor.name, start, stop)]
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Rounds the rows to the output's dtype; the base's are taken as they are, NaN or not."""
+        (value,) = values
+        if self.source is None:
+            return Made(value.to(self.tensor.dtype), value.new_zeros((), dtype=torch.int64))
+        update = self._updates.get(value.device).get(self.source.task)
+        if update is not None:
+            value = value.to(update.dtype) + row_range(update, start, stop).dense()
+        return _counted(value.to(self.tensor.dtype))
+
+
+class IdenticalRows(RowRule):
+    """Rows of integers, on which all inputs must agree."""
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns the rows of every input that has them."""
+        first = [self.reader.base_read(self.tensor.name, start, stop)] if self.tensor.in_base else []
+        others = [self.reader.value_read(source, start, stop) for source in self.tensor.sources]
+        return first + [read for read in others if read is not None]
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Returns the rows; MismatchError where two inputs differ."""
+        reads = self.reads(start, stop)
+        for read, value in zip(reads[1:], values[1:], strict=True):
+            if not torch.equal(values[0], value):
+                first = "the base" if self.tensor.in_base else reads[0].item.label
+                name = self.tensor.name
+                raise MismatchError(
+                    f"{name}: integers differ between {first} and {read.item.label}; choose one with "
+                    f'`- {{match: "{name}", rule: base}}` under `tensors:`'
+                )
+        return Made(values[0].to(self.tensor.dtype), values[0].new_zeros((), dtype=torch.int64))
+
+
+class SummedRows(RowRule):
+    """Rows of W_0 + Σ_t c_t (W_t − W_0), without a base of Σ_t c_t W_t: a mean, or a linear method.
+
+    Args:
+        reader: of the plan's inputs.
+        tensor: the tensor.
+        coefficients: c_t by source.
+    """
+
+    def __init__(self, reader: DeltaReader, tensor: TensorPlan, coefficients: Sequence[float]) -> None:
+        super().__init__(reader, tensor)
+        pairs = zip(tensor.sources, coefficients, strict=True)
+        self._terms = [(source, c) for source, c in pairs if source.weight != 0]
+        self._updates = _Updates(reader, [source for source, _ in self._terms])
+
+    def rows(self) -> list[Rows]:
+        """Returns the ranges of rows, none across the first row that not all models have."""
+        return list(row_chunks(self.tensor.shape, self.tensor.rows))
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns the base's rows and those of the fine-tunes that have their own."""
+        first = [self.reader.base_read(self.tensor.name, start, stop)] if self.tensor.in_base else []
+        if self._is_base(start):
+            return first
+        others = [self.reader.value_read(source, start, stop) for source, _ in self._terms]
+        return first + [read for read in others if read is not None]
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Sums in one pass over the stored rows; where an adapter takes part, part by part in float32."""
+        base, own = (values[0], values[1:]) if self.tensor.in_base else (None, values)
+        if self._is_base(start):
+            assert base is not None  # only a base has rows that not all models have
+            return Made(base.to(self.tensor.dtype), base.new_zeros((), dtype=torch.int64))
+        dense = [(s, c) for s, c in self._terms if self.reader.has_value(s)]
+        lows = self._updates.get(values[0].device)
+        dtypes = [value.dtype for value in values]
+        if not lows and own and all(dtype in FLOATING for dtype in [*dtypes, self.tensor.dtype]):
+            return Made(*ops.delta_add(base, own, [c for _, c in dense], out_dtype=self.tensor.dtype))
+        by_task = {s.task: value for (s, _), value in zip(dense, own, strict=True)}
+        total: Tensor | None = None
+        for source, coefficient in self._terms:
+            update = lows.get(source.task)
+            rows = None if update is None else row_range(update, start, stop)
+            part = self.reader.combine(by_task.get(source.task), base, rows).mul_(coefficient)
+            if total is not None:
+                part = total.to(torch.promote_types(total.dtype, part.dtype)).add_(part)
+            total = part
+        assert total is not None  # the plan refuses weights that are all 0
+        value = total if base is None else base.to(total.dtype).add_(total)
+        return _counted(value.to(self.tensor.dtype))
+
+    def _is_base(self, start: int | None) -> bool:
+        return self.tensor.rows is not None and start is not None and start >= self.tensor.rows
+
+
+class FormedRows(RowRule):
+    """Rows of W_0 + λ D by a method that can make each row of D by itself; see RowForm.
+
+    Args:
+        reader: of the plan's inputs.
+        tensor: the tensor; every source of it has weights of its own.
+        form: of the method.
+        scale: λ.
+    """
+
+    def __init__(self, reader: DeltaReader, tensor: TensorPlan, form: RowForm, scale: float) -> None:
+        super().__init__(reader, tensor)
+        self._form = form
+        self._scale = scale
+        self._sources = [source for source in tensor.sources if source.weight != 0]
+        self._select = None if form.threshold is None else form.threshold(tensor.options)
+        size = sum(read.nbytes for read in self.reads(None, None))
+        self._whole = self._select is not None and size <= WHOLE_BYTES
+        self._thresholds: list[Tensor | None] = [None] * len(self._sources)
+
+    def rows(self) -> list[Rows]:
+        """Returns the ranges of rows; all at once where a small tensor is needed whole."""
+        return [(None, None)] if self._whole else super().rows()
+
+    def preparations(self) -> list[Step]:
+        """Returns a step per fine-tune that finds its threshold, where the tensors are large."""
+        find = self._select
+        if find is None or self._whole:
+            return []
+        base, *own = self.reads(None, None)
+
+        def select(t: int, values: list[Tensor]) -> None:
+            self._thresholds[t] = find(*values)
+
+        return [
+            Step(
+                None,
+                [base, read],
+                lambda values, t=t: select(t, values),  # type: ignore[misc]
+                base.nbytes + read.nbytes,
+            )
+            for t, read in enumerate(own)
+        ]
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns the rows of the base and of all fine-tunes."""
+        own = [self.reader.value_read(source, start, stop) for source in self._sources]
+        return [self.reader.base_read(self.tensor.name, start, stop), *(read for read in own if read)]
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Makes the rows in one pass over the stored ones."""
+        base, *own = values
+        thresholds: list[Tensor] = []
+        if self._whole:
+            assert self._select is not None  # only then all rows are needed at once
+            thresholds = [self._select(base, value) for value in own]
+        elif self._select is not None:
+            thresholds = [part for part in self._thresholds if part is not None]
+        stacked = torch.cat([part.to(_widest(thresholds)) for part in thresholds]) if thresholds else None
+        weights = [source.weight for source in self._sources]
+        return Made(*self._form.add(base, own, weights, self._scale, stacked, self.tensor.dtype))
+
+
+class UpdatedRows(RowRule):
+    """Rows of W_0 + λ D with updates D that are there, or are fetched when their first row is made.
+
+    Args:
+        reader: of the plan's inputs.
+        tensor: the tensor.
+        updates: what returns D in the shape of its matrix, by the number of the slice, or for None where the
+            tensor is one matrix.
+        scale: λ.
+        base: W_0 where it has been read, in the shape of the tensor or of the only slice.
+    """
+
+    def __init__(
+        self,
+        reader: DeltaReader,
+        tensor: TensorPlan,
+        updates: Mapping[int | None, Callable[[], Update]],
+        scale: float,
+        base: Tensor | None = None,
+    ) -> None:
+        super().__init__(reader, tensor)
+        self._scale = scale
+        self._base = base
+        self._slices = None not in updates
+        self._shape = tensor.shape[1:] if self._slices else tensor.shape
+        self._updates = {
+            index: _Once(lambda fetch=fetch: _prepared(fetch(), self._shape))  # type: ignore[misc]
+            for index, fetch in updates.items()
+        }
+
+    def rows(self) -> list[Rows]:
+        """Returns the ranges of rows; a slice is one."""
+        if not self._slices:
+            return super().rows()
+        return [(index, index + 1) for index in self._updates if index is not None]
+
+    def reads(self, start: int | None, stop: int | None) -> list[Read]:
+        """Returns the base's rows, where they have not been read."""
+        return [] if self._base is not None else [self.reader.base_read(self.tensor.name, start, stop)]
+
+    def make(self, values: list[Tensor], start: int | None, stop: int | None) -> Made:
+        """Adds the rows of λ D and rounds once."""
+        once = self._updates[start if self._slices else None]
+        update = once.get()
+        rows = slice(None) if self._slices or start is None else slice(start, stop)
+        if self._base is not None:
+            base = self._base.reshape(self._shape)[rows] if self._shape else self._base.reshape(())
+        else:
+            base = values[0].reshape(self._shape) if self._slices else values[0]
+        if isinstance(update, LowRank):
+            left, right = update.left[rows], update.right
+            value = ops.lowrank_add(base, left, right, scale=self._scale, out_dtype=self.tensor.dtype)
+        else:
+            part = update[rows] if self._shape else update
+            value = torch.add(base.to(part.dtype), part, alpha=self._scale).to(self.tensor.dtype)
+        if self._slices:
+            once.clear()
+        return _counted(value[None] if self._slices else value)
+
+    def blame(self, start: int | None, stop: int | None) -> NonFiniteError:
+        """Returns the error for rows that are not finite, or raises it with the file that is to blame."""
+        self._base = None
+        return super().blame(start, stop)
+
+
+def row_rule(plan: Plan, reader: DeltaReader, tensor: TensorPlan, scale: float | None) -> RowRule | None:
+    """Returns how the rows of a tensor are made; None for one that a method must see as a matrix.
 
     Args:
         plan: of the merge.
         reader: of its inputs.
-        sink: takes the tensors.
+        tensor: of the plan, but not a module of an adapter that is written.
+        scale: λ of a merged tensor, None while it is not known.
     """
-
-    def __init__(self, plan: Plan, reader: DeltaReader, sink: Sink) -> None:
-        self.plan = plan
-        self.reader = reader
-        self.sink = sink
-
-    def write(self, tensor: TensorPlan) -> None:
-        """Writes a tensor of any rule but `merge`, which needs the update."""
-        match tensor.rule:
-            case "mean" | "common_rows":
-                self._write_mean(tensor)
-            case "base":
-                for start, stop in row_chunks(tensor.shape):
-                    value = self.reader.base(tensor.name, start, stop, check=False)
-                    self.sink.write(tensor, value.to(tensor.dtype), start)
-            case "take":
-                self._write_taken(tensor)
-            case "identical":
-                self._write_identical(tensor)
-            case "merge" | "tied" | "drop":
-                pass
-
-    def check(self) -> None:
-        """Checks what the plan took for granted: copies of base weights in adapters, and ties.
-
-        Raises:
-            MismatchError: a copy or a tied tensor differs from the other.
-        """
-        self.reader.check_base_copies()
-        for tensor in self.plan.tensors:
-            if tensor.rule == "tied":
-                self._check_tied(tensor)
-
-    def add(self, tensor: TensorPlan, index: int | None, update: Update, scale: float) -> None:
-        """Writes W_0 + λ D of one matrix: a chunk of rows at a time, a stack matrix by matrix."""
-        shape = tensor.shape if index is None else (1, *tensor.shape[1:])
-        factors = dense = None
-        if isinstance(update, LowRank):
-            factors = update.folded()
-        else:
-            dense = update.reshape(shape)
-        for start, stop in row_chunks(tensor.shape) if index is None else [(index, index + 1)]:
-            base = self.reader.base(tensor.name, start, stop)
-            if factors is not None:
-                rows = slice(start, stop) if index is None else slice(None)
-                value = ops.lowrank_add(
-                    base if index is None else base[0],
-                    factors[0][rows],
-                    factors[1],
-                    scale=scale,
-                    out_dtype=tensor.dtype,
-                )
-                value = value if index is None else value[None]
-            else:
-                assert dense is not None  # one of the two forms
-                part = dense[start:stop] if index is None and start is not None else dense
-                value = torch.add(base.to(part.dtype), part, alpha=scale).to(tensor.dtype)
-            self._put(tensor, value, start)
-
-    def write_module(
-        self, tensor: TensorPlan, update: Update, scale: float, record: TensorRecord | None
-    ) -> None:
-        """Writes the update of an adapter's module, cut to the planned rank."""
-        assert tensor.rank is not None  # _adapter_module of the planner
-        if isinstance(update, Tensor):
-            svd = svd_truncated(update, tensor.rank, "auto", seed=tensor.seed)
-            update, kept = LowRank(svd.u * svd.s, None, svd.v), float(svd.energy)
-        elif update.rank > tensor.rank:
-            update, kept = update.truncate(tensor.rank)
-        else:
-            kept = 1.0
-        if record is not None:
-            record.rank = update.rank
-            record.kept_energy = kept
-        self.sink.update(tensor, update.scaled(scale))
-
-    def _write_mean(self, tensor: TensorPlan) -> None:
-        if self.plan.output == "adapter" and tensor.module is not None:
+    match tensor.rule:
+        case "base":
+            return CopiedRows(reader, tensor, None)
+        case "take":
+            return CopiedRows(reader, tensor, tensor.sources[0])
+        case "identical":
+            return IdenticalRows(reader, tensor)
+        case "mean" | "common_rows":
             total = sum(source.weight for source in tensor.sources)
-            parts = [
-                self.reader.low_rank(source).scaled(source.weight / total)
-                for source in tensor.sources
-                if source.weight != 0
-            ]
-            self.write_module(tensor, LowRank.sum(parts), 1.0, None)
-            return
-        total = sum(source.weight for source in tensor.sources)
-        updates = self.reader.low_ranks(tensor)
-        common = tensor.rows
-        for start, stop in row_chunks(tensor.shape, common):
-            base = self.reader.base(tensor.name, start, stop) if tensor.in_base else None
-            if common is not None and start is not None and start >= common:
-                assert base is not None  # only common_rows has rows beyond the common ones
-                self._put(tensor, base.to(tensor.dtype), start)
-                continue
-            mean: Tensor | None = None
-            for source in tensor.sources:
-                if source.weight == 0:
-                    continue
-                part = self.reader.rows(tensor, source, base, start, stop, updates.get(source.task))
-                part = part.mul_(source.weight / total)
-                mean = (
-                    part if mean is None else mean.to(torch.promote_types(mean.dtype, part.dtype)).add_(part)
-                )
-                del part
-            assert mean is not None  # the plan refuses weights that sum to 0
-            value = mean if base is None else base.to(mean.dtype).add_(mean)
-            self._put(tensor, value.to(tensor.dtype), start)
+            return SummedRows(reader, tensor, [source.weight / total for source in tensor.sources])
+        case "merge" if scale is not None:
+            form = plan.method.rows
+            sources = [source for source in tensor.sources if source.weight != 0]
+            dense = all(source.module is None and reader.has_value(source) for source in sources)
+            if form is None or not dense or not tensor.in_base or not sources:
+                return None
+            dtypes = [tensor.dtype, *(read.info.dtype for read in _all_reads(reader, tensor, sources))]
+            if all(dtype in FLOATING for dtype in dtypes):
+                return FormedRows(reader, tensor, form, scale)
+    return None
 
-    def _write_taken(self, tensor: TensorPlan) -> None:
-        source = tensor.sources[0]
-        if self.plan.output == "adapter" and tensor.module is not None:
-            self.write_module(tensor, self.reader.low_rank(source), 1.0, None)
-            return
-        update = self.reader.low_ranks(tensor).get(source.task)
-        for start, stop in row_chunks(tensor.shape):
-            value = self.reader.value(source, start, stop)
-            if value is None:
-                value = self.reader.base(tensor.name, start, stop)
-            if update is not None:
-                value = value.to(update.dtype) + row_range(update, start, stop).dense()
-            self._put(tensor, value.to(tensor.dtype), start)
 
-    def _write_identical(self, tensor: TensorPlan) -> None:
-        for start, stop in row_chunks(tensor.shape):
-            first: Tensor | None = None
-            where = "the base"
-            if tensor.in_base:
-                first = self.reader.base(tensor.name, start, stop)
-            for source in tensor.sources:
-                value = self.reader.value(source, start, stop)
-                label = self.plan.tasks[source.task].label
-                if first is None:
-                    first, where = value, label
-                elif value is not None and not torch.equal(first, value):
-                    raise MismatchError(
-                        f"{tensor.name}: integers differ between {where} and {label}; choose one with "
-                        f'`- {{match: "{tensor.name}", rule: base}}` under `tensors:`'
-                    )
-            assert first is not None  # a tensor is somewhere
-            self.sink.write(tensor, first.to(tensor.dtype), start)
+def check_inputs(plan: Plan, reader: DeltaReader, sink: Sink) -> None:
+    """Checks what the plan took for granted: copies of base weights in adapters, and ties.
 
-    def _check_tied(self, tensor: TensorPlan) -> None:
-        """Check that a tied tensor equals the one written in its place, in every input that has both."""
-        assert tensor.tied_to is not None
-        inputs = [self.reader.inputs.base] if tensor.in_base else []
-        inputs += [self.reader.inputs.tasks[source.task] for source in tensor.sources]
-        for item in inputs:
-            if item is None or item.checkpoint is None:
-                continue
-            one, other = item.tensors[tensor.name], item.tensors[tensor.tied_to]
-            shape = item.checkpoint.tensors[one].shape
-            same = shape == item.checkpoint.tensors[other].shape
-            for start, stop in row_chunks(shape):
-                same = same and torch.equal(
-                    item.checkpoint.read(one, start, stop), item.checkpoint.read(other, start, stop)
-                )
-            if not same:
-                raise MismatchError(
-                    f"{item.label}: {one} is declared to be tied to {other} and differs from it; set "
-                    "tie_word_embeddings to false in its config.json, or treat it as a tensor of its own: "
-                    f'`- {{match: "{tensor.name}", rule: mean}}` under `tensors:`'
-                )
-        if isinstance(self.sink, MemorySink):
-            self.sink.tie(tensor.name, tensor.tied_to)
-
-    def _put(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        if not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(
-                f"{tensor.name}: the merged tensor is not finite in "
-                f"{str(value.dtype).removeprefix('torch.')}; choose a wider out_dtype or a smaller scale"
-            )
-        self.sink.write(tensor, value, start)
+    Raises:
+        MismatchError: a copy or a tied tensor differs from the other.
+    """
+    reader.check_base_copies()
+    for tensor in plan.tensors:
+        if tensor.rule == "tied":
+            _check_tied(tensor, reader)
+            if isinstance(sink, MemorySink):
+                assert tensor.tied_to is not None  # of this rule
+                sink.tie(tensor.name, tensor.tied_to)
 
 
 def row_chunks(shape: Sequence[int], common: int | None = None) -> Iterator[Rows]:
-    """Yield row ranges of about CHUNK_BYTES in float32, none across row `common`; (None, None) is all.
+    """Yields row ranges of about CHUNK_BYTES in float32, none across row `common`; (None, None) is all.
 
     With `common` the ranges are always explicit: a fine-tune may have more rows than the base.
     """
@@ -221,3 +403,94 @@ def row_chunks(shape: Sequence[int], common: int | None = None) -> Iterator[Rows
     for begin, end in ((0, edge), (edge, rows)):
         for start in range(begin, end, step):
             yield start, min(start + step, end)
+
+
+class _Once:
+    """A value that is made when it is first asked for, by whichever thread asks first."""
+
+    def __init__(self, make: Callable[[], Update]) -> None:
+        self._make = make
+        self._value: Update | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Update:
+        with self._lock:
+            if self._value is None:
+                self._value = self._make()
+            return self._value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._value = None
+
+
+class _Updates:
+    """The updates of the adapters among the sources of a tensor, read when they are first asked for."""
+
+    def __init__(self, reader: DeltaReader, sources: Sequence[Source]) -> None:
+        self._reader = reader
+        self._sources = [s for s in sources if s.module is not None and s.saved is None]
+        self._found: dict[int, LowRank] | None = None
+        self._lock = threading.Lock()
+
+    def get(self, device: torch.device) -> dict[int, LowRank]:
+        with self._lock:
+            if self._found is None:
+                self._found = {s.task: self._reader.low_rank(s, device) for s in self._sources}
+            return self._found
+
+
+def _check_tied(tensor: TensorPlan, reader: DeltaReader) -> None:
+    """Checks that a tied tensor equals the one written in its place, in every input that has both."""
+    assert tensor.tied_to is not None  # of this rule
+    inputs = [reader.inputs.base] if tensor.in_base else []
+    inputs += [reader.inputs.tasks[source.task] for source in tensor.sources]
+    for item in inputs:
+        if item is None or item.checkpoint is None:
+            continue
+        one, other = item.tensors[tensor.name], item.tensors[tensor.tied_to]
+        shape = item.checkpoint.tensors[one].shape
+        same = shape == item.checkpoint.tensors[other].shape
+        for start, stop in row_chunks(shape):
+            same = same and torch.equal(
+                item.checkpoint.read(one, start, stop), item.checkpoint.read(other, start, stop)
+            )
+        if not same:
+            raise MismatchError(
+                f"{item.label}: {one} is declared to be tied to {other} and differs from it; set "
+                "tie_word_embeddings to false in its config.json, or treat it as a tensor of its own: "
+                f'`- {{match: "{tensor.name}", rule: mean}}` under `tensors:`'
+            )
+
+
+def _all_reads(reader: DeltaReader, tensor: TensorPlan, sources: Sequence[Source]) -> list[Read]:
+    own = [reader.value_read(source, None, None) for source in sources]
+    return [reader.base_read(tensor.name, None, None), *(read for read in own if read is not None)]
+
+
+def _prepared(update: Update, shape: tuple[int, ...]) -> Update:
+    """Returns the update as it is added: two factors, or a tensor of the matrix's own shape."""
+    if isinstance(update, LowRank):
+        left, right = update.folded()
+        return LowRank(left, None, right)
+    return update.reshape(shape)
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _counted(value: Tensor) -> Made:
+    if not value.is_floating_point():
+        return Made(value, value.new_zeros((), dtype=torch.int64))
+    return Made(value, value.numel() - value.isfinite().count_nonzero())
+
+
+def _rows_numel(shape: Sequence[int], rows: Rows) -> int:
+    start, stop = rows
+    if start is None or stop is None:
+        return math.prod(shape)
+    return (stop - start) * math.prod(shape[1:])

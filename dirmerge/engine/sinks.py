@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,7 +17,10 @@ from dirmerge.planning import Plan, TensorPlan
 
 
 class Sink(Protocol):
-    """Where merged tensors go; leaving it checks that all of them have come."""
+    """Where merged tensors go, from several threads; leaving it checks that all of them have come.
+
+    What is written is not looked at after the call: its memory may be used again.
+    """
 
     def __enter__(self) -> Any: ...
 
@@ -37,16 +41,18 @@ class MemorySink:
     def __init__(self, plan: Plan) -> None:
         self.state_dict: dict[str, Tensor] = {}
         self._ties: dict[str, str] = {}
+        self._lock = threading.Lock()
         self._order = [tensor.name for tensor in plan.tensors]
 
     def write(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        """Take a tensor, or its rows from `start` on."""
-        if start is None:
-            self.state_dict[tensor.name] = value.reshape(tensor.shape)
-            return
-        if tensor.name not in self.state_dict:
-            self.state_dict[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        self.state_dict[tensor.name][start : start + value.shape[0]] = value
+        """Take a tensor, or its rows from `start` on; they are copied."""
+        with self._lock:
+            if tensor.name not in self.state_dict:
+                self.state_dict[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            whole = self.state_dict[tensor.name]
+        (whole if start is None else whole[start : start + value.shape[0]]).copy_(
+            value.reshape(whole.shape if start is None else value.shape)
+        )
 
     def update(self, tensor: TensorPlan, update: LowRank) -> None:
         """Refuse the update of a module."""

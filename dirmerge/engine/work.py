@@ -40,6 +40,11 @@ class MatrixWork:
         return self.tensor.name if self.index is None else f"{self.tensor.name}[{self.index}]"
 
     @property
+    def rows(self) -> tuple[int | None, int | None]:
+        """The rows of the tensor that are this matrix; (None, None) is all."""
+        return (None, None) if self.index is None else (self.index, self.index + 1)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape by which matrices are batched: that of the tensor, or of a slice."""
         return self.tensor.shape if self.index is None else self.tensor.shape[1:]

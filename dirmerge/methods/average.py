@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dirmerge.methods.registry import register
+from collections.abc import Sequence
+
+from dirmerge.methods.registry import linear_rows, register
 from dirmerge.methods.scale import Scale
 from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
+
+
+def _coefficients(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [w / total for w in weights]
 
 
 @register(
@@ -13,6 +20,7 @@ from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
     elementwise=True,
     negative_weights=True,
     is_mean=True,
+    rows=linear_rows(_coefficients),
 )
 def average(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta:
     """Computes D = Σ w_t D_t / Σ w_t, so that W_0 + D is the weighted mean of the fine-tunes.
@@ -25,6 +33,5 @@ def average(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta
     Source:
         Wortsman et al., Model soups, ICML 2022.
     """
-    total = sum(weights)
-    merged = sum_tasks(tasks, [w / total for w in weights])
+    merged = sum_tasks(tasks, _coefficients(weights))
     return MergedDelta(merged, MergeRecord("average", {}, tasks.shape))

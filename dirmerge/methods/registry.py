@@ -17,10 +17,13 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 import pydantic
+import torch
+from torch import Tensor
 
 from dirmerge.linalg import single_thread, svd_flops
 from dirmerge.methods.scale import Scale
 from dirmerge.methods.tasks import MergedDelta, Tasks, kept_ranks
+from dirmerge.ops.delta_add import DeltaAdd, delta_add
 
 METHODS: dict[str, Method] = {}
 
@@ -40,6 +43,35 @@ class Cost(NamedTuple):
     flops: float
     peak_bytes: int
     rank: int | None
+
+
+class AddRows(typing.Protocol):
+    """Makes rows of W_0 + λ D; see RowForm."""
+
+    def __call__(
+        self,
+        base: Tensor,
+        weights: Sequence[Tensor],
+        task_weights: Sequence[float],
+        scale: float,
+        thresholds: Tensor | None,
+        dtype: torch.dtype,
+    ) -> DeltaAdd:
+        """Returns the rows in `dtype`, and how many of their entries are not finite."""
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """A method that makes rows of W_0 + λ D from the same rows of W_0 and all W_t, in one pass.
+
+    Attributes:
+        add: (W_0, [W_t], task weights, λ, thresholds or None, dtype of the result) -> DeltaAdd.
+        threshold: what it needs of each whole W_t − W_0 before: (W_0, W_t, options) -> tensor (1,), None
+            where these options need nothing. None for a method that needs nothing.
+    """
+
+    add: AddRows
+    threshold: Callable[[Mapping[str, Any]], Callable[[Tensor, Tensor], Tensor] | None] | None = None
 
 
 MethodFunction = Callable[..., MergedDelta]
@@ -62,6 +94,7 @@ class Method:
         is_mean: whether the weights are divided by their sum, which must not be 0 then.
         check: raises ValueError for options that make no sense together.
         estimate: cost from shapes alone.
+        rows: how it makes rows from the stored weights, for a method that can.
     """
 
     name: str
@@ -74,6 +107,7 @@ class Method:
     is_mean: bool
     check: OptionCheck | None
     estimate: CostEstimate | None
+    rows: RowForm | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -149,6 +183,7 @@ def register(
     is_mean: bool = False,
     check: OptionCheck | None = None,
     estimate: CostEstimate | None = None,
+    rows: RowForm | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Makes a function a method under its own name; see `Method` for the arguments.
 
@@ -171,10 +206,28 @@ def register(
             is_mean,
             check,
             estimate,
+            rows,
         )
         return function
 
     return add
+
+
+def linear_rows(coefficients: Callable[[Sequence[float]], list[float]]) -> RowForm:
+    """Returns the row form of D = Σ_t c_t D_t, with the coefficients c_t from the tasks' weights."""
+
+    def add(
+        base: Tensor,
+        weights: Sequence[Tensor],
+        task_weights: Sequence[float],
+        scale: float,
+        thresholds: Tensor | None,
+        dtype: torch.dtype,
+    ) -> DeltaAdd:
+        factors = [scale * c for c in coefficients(task_weights)]
+        return delta_add(base, weights, factors, out_dtype=dtype)
+
+    return RowForm(add)
 
 
 def get_method(name: str) -> Method:

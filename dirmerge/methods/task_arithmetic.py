@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dirmerge.methods.registry import register
+from dirmerge.methods.registry import linear_rows, register
 from dirmerge.methods.scale import Scale
 from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
 
@@ -12,6 +12,7 @@ from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
     scale=Scale(value=0.43, at_tasks=8, power=1.0),
     elementwise=True,
     negative_weights=True,
+    rows=linear_rows(list),
 )
 def task_arithmetic(tasks: Tasks, weights: list[float], *, seed: int = 0) -> MergedDelta:
     """Computes D = Σ w_t D_t.

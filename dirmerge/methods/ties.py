@@ -3,27 +3,56 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from dirmerge.methods.registry import register
+from dirmerge.methods.registry import RowForm, register
 from dirmerge.methods.scale import Scale
 from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks
-from dirmerge.ops import elect_merge, kth_largest_magnitude
+from dirmerge.ops import delta_elect_add, delta_kth_magnitude, elect_merge, kth_largest_magnitude
+from dirmerge.ops.delta_add import DeltaAdd
+
+DENSITY = 0.2
+
+
+def _kept(density: float, numel: int) -> int:
+    return max(1, math.floor(density * numel))
+
+
+def _threshold(options: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Returns what finds a task's threshold, None where nothing is trimmed."""
+    density = options.get("density", DENSITY)
+    if density >= 1:
+        return None
+    return lambda base, weight: delta_kth_magnitude(base, [weight], _kept(density, weight.numel())).thresholds
+
+
+def _add(
+    base: Tensor,
+    weights: Sequence[Tensor],
+    task_weights: Sequence[float],
+    scale: float,
+    thresholds: Tensor | None,
+    dtype: torch.dtype,
+) -> DeltaAdd:
+    return delta_elect_add(base, weights, thresholds, task_weights, scale=scale, out_dtype=dtype)
 
 
 @register(
     "trim small entries, elect signs, disjoint mean",
     scale=Scale(value=1.08, at_tasks=8, limit=1.5),
     elementwise=True,
+    rows=RowForm(_add, _threshold),
 )
 def ties(
     tasks: Tasks,
     weights: list[float],
     *,
-    density: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    density: Annotated[float, Field(gt=0, le=1)] = DENSITY,
     seed: int = 0,
 ) -> MergedDelta:
     """Keeps each task's largest entries, elects signs by Σ w_t D_t and averages the entries that have them.
@@ -47,7 +76,7 @@ def ties(
     del first
     for t in range(1, len(tasks)):
         stack[t] = tasks.dense(t)
-    count = max(1, math.floor(density * stack[0].numel()))
+    count = _kept(density, stack[0].numel())
     thresholds = kth_largest_magnitude(stack, count) if density < 1 else None
     merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype))
     return MergedDelta(merged, MergeRecord("ties", {"density": density}, tasks.shape))

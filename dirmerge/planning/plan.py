@@ -18,6 +18,9 @@ from dirmerge.methods import Method, get_method
 from dirmerge.planning.inputs import Input, Inputs, Place, reopen_inputs
 from dirmerge.recipe import Setting, parse_setting
 
+CHUNK_BYTES = 16 << 20
+"""Rows are read, made and written in chunks of about this size in float32: a few fit a CPU's cache."""
+
 Rule = Literal["merge", "mean", "base", "take", "common_rows", "identical", "tied", "drop"]
 
 

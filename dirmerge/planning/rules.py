@@ -15,7 +15,16 @@ from dirmerge.methods import get_method
 from dirmerge.planning.inputs import Inputs
 from dirmerge.planning.matching import Matching, Shape
 from dirmerge.planning.names import is_expert_stack, is_table, layer_depths
-from dirmerge.planning.plan import InputPlan, Plan, Rule, ScalePlan, Source, TensorPlan, dtype_name
+from dirmerge.planning.plan import (
+    CHUNK_BYTES,
+    InputPlan,
+    Plan,
+    Rule,
+    ScalePlan,
+    Source,
+    TensorPlan,
+    dtype_name,
+)
 from dirmerge.planning.problems import Problems
 from dirmerge.recipe import Recipe, Setting, TensorRule
 
@@ -491,5 +500,5 @@ def _as_matrix(shape: tuple[int, ...], elementwise: bool) -> tuple[tuple[int, in
 
 
 def _mean_bytes(draft: TensorPlan) -> int:
-    # A mean is taken over chunks of rows: see the engine's CHUNK_BYTES.
-    return min(6 * 4 * draft.numel, 6 * (64 << 20))
+    # A mean is taken over chunks of rows.
+    return min(6 * 4 * draft.numel, 6 * CHUNK_BYTES)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -370,22 +372,35 @@ class TestWriter:
             writer.write("a", torch.zeros(2, 4), start=0)
         with pytest.raises(ValueError, match="rows of 'b' must have shape"):
             writer.write("b", torch.zeros((), dtype=torch.bfloat16), start=0)
-        with pytest.raises(ValueError, match="must follow each other"):
-            writer.write("a", torch.zeros(2, 3), start=1)
         with pytest.raises(ValueError, match="0 <= start <= stop <= 4"):
             writer.write("a", torch.zeros(5, 3), start=0)
-        writer.write("a", torch.zeros(2, 3), start=0)
-        with pytest.raises(ValueError, match="must follow each other"):
-            writer.write("a", torch.zeros(2, 3), start=0)
-        with pytest.raises(ValueError, match="was begun in rows"):
-            writer.write("a", torch.zeros(4, 3))
         writer.write("a", torch.zeros(2, 3), start=2)
+        for rows, start in ((2, 2), (2, 1), (1, 3), (4, 0)):
+            with pytest.raises(ValueError, match="rows of 'a' were written before"):
+                writer.write("a", torch.zeros(rows, 3), start=start)
+        with pytest.raises(ValueError, match="rows of 'a' were written before"):
+            writer.write("a", torch.zeros(4, 3))
+        writer.write("a", torch.zeros(2, 3), start=0)
         with pytest.raises(ValueError, match="'a' was written before"):
             writer.write("a", torch.zeros(4, 3))
         assert not writer.complete
         with pytest.raises(ValueError, match=r"1 tensors were not written completely, e\.g\. 'b'"):
             writer.close()
         assert not (tmp_path / "x").exists()
+
+    def test_rows_in_any_order_from_several_threads(self, tmp_path: Path) -> None:
+        values = {name: torch.randn(40, 3) for name in "abc"}
+        parts = [(name, start) for name in values for start in range(0, 40, 4)]
+        random.Random(0).shuffle(parts)
+        with SafetensorsFileWriter(
+            tmp_path / "x", [(name, value.dtype, value.shape) for name, value in values.items()]
+        ) as writer:
+            with ThreadPoolExecutor(4) as pool:
+                done = pool.map(lambda p: writer.write(p[0], values[p[0]][p[1] : p[1] + 4], p[1]), parts)
+            assert list(done) == [None] * len(parts)
+            assert writer.complete
+        found = load_file(tmp_path / "x")
+        assert all(torch.equal(found[name], value) for name, value in values.items())
 
     def test_half_a_tensor_is_not_complete(self, tmp_path: Path) -> None:
         writer = SafetensorsFileWriter(tmp_path / "x", [("a", torch.float32, (4, 3))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,10 +25,9 @@ from dirmerge.checkpoints.writer import (
     ShardedWriter,
     copy_side_files,
     plan_shards,
-    sha256_file,
 )
 from dirmerge.deltas.lowrank import LowRank
-from dirmerge.errors import CheckpointError, OutputError
+from dirmerge.errors import OutputError
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -579,16 +577,6 @@ class TestSpool:
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="missing: cannot hold temporary files"):
             Spool(tmp_path / "missing")
-
-
-def test_sha256_file(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 50
-    (tmp_path / "x").write_bytes(data)
-    (tmp_path / "empty").write_bytes(b"")
-    assert sha256_file(tmp_path / "x", chunk=1000) == hashlib.sha256(data).hexdigest()
-    assert sha256_file(tmp_path / "empty") == hashlib.sha256(b"").hexdigest()
-    with pytest.raises(CheckpointError, match="missing"):
-        sha256_file(tmp_path / "missing")
 
 
 def test_transformers_loads_what_we_write(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from blake3 import blake3
 from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
@@ -596,8 +596,8 @@ def test_documents_and_side_files(models):
     assert names == {"model.safetensors", *beside}
     manifest = json.loads((models / "out" / "dirmerge.json").read_text())
     weights = models / "m1" / "model.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert manifest["inputs"][2]["files"] == [{"name": "model.safetensors", "sha256": digest}]
+    digest = blake3(weights.read_bytes()).hexdigest()
+    assert manifest["inputs"][2]["files"] == [{"name": "model.safetensors", "blake3": digest}]
     assert manifest["scale"]["value"] > 0
     assert manifest["scale"]["alignment"] == pytest.approx(0.5)
     assert {record["name"] for record in manifest["tensors"]} == BASE.keys()
