@@ -90,7 +90,7 @@ def complaint(
     if reading.agreement[worst] < min_agreement:
         what = (
             f"task {names[worst]} keeps {100 * reading.agreement[worst]:.0f} % of its first predictions "
-            f"(at least {100 * min_agreement:.0f} % are asked for)"
+            f"(at least {100 * min_agreement:.0f} % are required)"
         )
     elif max(reading.shift) <= max_shift:
         return (

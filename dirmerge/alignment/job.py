@@ -151,14 +151,14 @@ class Job:
         inside = {names[name]: parts for name, parts in updates.items()}
         scales = {names[name]: start[name] for name in updates}
 
-        def told(value: LearnProgress) -> None:
+        def report(value: LearnProgress) -> None:
             self._tell("learn", f"loss {value.loss:.4f}", value.step, value.steps)
 
         options, own_models = section.learn, self._finetunes(plan, fixed)
         if section.method == "adamerging":
             common = next(iter(scales.values()))
             found = adamerging(
-                model, inside, tasks, options, scale=common, own=own_models, state=state, progress=told
+                model, inside, tasks, options, scale=common, own=own_models, state=state, progress=report
             )
         else:
             maps = None if fits is None else [fit.matrix for fit in fits]
@@ -171,7 +171,7 @@ class Job:
                 maps=maps,
                 own=own_models,
                 state=state,
-                progress=told,
+                progress=report,
             )
         plan.close()
         learned = {name: found.scales[names[name]] for name in updates}

@@ -42,7 +42,7 @@ def align(
         AlignResult; its fits always hold the control: the same map on the base model.
 
     Raises:
-        RecipeError: an invalid recipe, one without `align`, or data without the column asked for.
+        RecipeError: an invalid recipe, one without `align`, or data without the given column.
         MissingPackageError: transformers or datasets is not installed (the extra `align`).
         CheckpointError: a model, head or data file that cannot be read.
         MismatchError: models that do not fit together, or whose features need weights the merge lacks.
