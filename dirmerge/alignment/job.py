@@ -21,6 +21,7 @@ from dirmerge.alignment.sources import TaskSource, open_sources
 from dirmerge.checkpoints.reader import open_checkpoint
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine import pipeline
+from dirmerge.engine.compute import Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import MergeResult, Progress
 from dirmerge.methods.tasks import Delta
@@ -33,9 +34,14 @@ class Job:
     """One run of `align`."""
 
     def __init__(
-        self, recipe: Recipe, section: AlignSection, progress: Callable[[AlignProgress], None] | None
+        self,
+        recipe: Recipe,
+        section: AlignSection,
+        compute: Compute,
+        progress: Callable[[AlignProgress], None] | None,
     ) -> None:
         self.section = section
+        self.compute = compute
         self.progress = progress
         self.notes: list[str] = []
         self.sources = open_sources(recipe, section)
@@ -62,7 +68,7 @@ class Job:
         def step(value: Progress) -> None:
             self._tell("merge", value.name, value.done, value.total)
 
-        return pipeline.run(plan, folder, progress=step)
+        return pipeline.run(plan, folder, progress=step, compute=self.compute)
 
     def _tell(self, phase: str, name: str, done: int, total: int) -> None:
         if self.progress is not None:

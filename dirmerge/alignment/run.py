@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dirmerge.alignment.heads import FOLDER, write_head
 from dirmerge.alignment.job import Job
 from dirmerge.alignment.result import AlignProgress, AlignResult, plain_fit
 from dirmerge.alignment.sources import import_transformers
 from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
 from dirmerge.engine.card import CARD
+from dirmerge.engine.compute import Compute
 from dirmerge.errors import RecipeError
 from dirmerge.recipe import Recipe, load_recipe
 
@@ -25,6 +28,9 @@ def align(
     overwrite: bool = False,
     state: str | Path | None = None,
     progress: Callable[[AlignProgress], None] | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    memory: int | str | None = None,
 ) -> AlignResult:
     """Merges fine-tuned transformers and aligns every task's features: one backbone, a head per task.
 
@@ -37,6 +43,9 @@ def align(
             input, no recipe and not the working directory is.
         state: resume from this state file (`….safetensors`), which the learning writes.
         progress: called with an AlignProgress.
+        device: as of `dirmerge.merge`.
+        threads: of the CPU; torch's number by default.
+        memory: as of `dirmerge.merge`, for the merge; the models that are aligned are not counted.
 
     Returns:
         AlignResult; its fits always hold the control: the same map on the base model.
@@ -53,13 +62,14 @@ def align(
         >>> head = dirmerge.alignment.read_heads("merged")["movies"].head
     """
     began = time.perf_counter()
+    compute = Compute.resolve(device, threads, memory)
     loaded = load_recipe(recipe)
     if loaded.align is None:
         raise RecipeError(f"{loaded.origin}: align: is missing; it lists every task's unlabelled inputs")
     import_transformers()
     protected = [*loaded.files, *([Path(state)] if state is not None else [])]
-    with OutputFolder(Path(out), overwrite, protected) as folder:
-        job = Job(loaded, loaded.align, progress)
+    with OutputFolder(Path(out), overwrite, protected) as folder, compute.scoped_threads():
+        job = Job(loaded, loaded.align, compute, progress)
         inner = folder.path / "merged"
         result = job.run(inner, state)
         for entry in sorted(inner.iterdir()):

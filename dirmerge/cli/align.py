@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dirmerge.cli.errors import report_errors
 from dirmerge.cli.merge import print_summary
-from dirmerge.cli.options import Log, LogKind, Out, Overwrite, RecipePath, Threads, use_threads
+from dirmerge.cli.options import (
+    Device,
+    Log,
+    LogKind,
+    Memory,
+    Out,
+    Overwrite,
+    RecipePath,
+    Threads,
+    resolve_compute,
+)
 from dirmerge.cli.progress import align_bar, json_align_progress, print_json
 from dirmerge.cli.tables import make_table, open_console
 
@@ -25,20 +35,30 @@ def align(
         typer.Option("--state", help="Resume from this state file (.safetensors), written while learning."),
     ] = None,
     overwrite: Overwrite = False,
+    device: Device = "auto",
     threads: Threads = None,
+    memory: Memory = None,
     log: Log = LogKind.text,
 ) -> None:
     """Merges, and aligns every task's features with unlabelled data: one backbone, a head per task."""
     with report_errors(log):
         from dirmerge.alignment.run import align as run_align
 
-        use_threads(threads)
+        resolve_compute(device, threads, memory)  # what makes no sense is told as a wrong command line
+        where: dict[str, Any] = {"device": device, "threads": threads, "memory": memory}
         if log is LogKind.json:
-            result = run_align(recipe, out, overwrite=overwrite, state=state, progress=json_align_progress)
+            result = run_align(
+                recipe,
+                out,
+                overwrite=overwrite,
+                state=state,
+                progress=json_align_progress,
+                **where,
+            )
             print_json({"event": "done", "path": str(result.path), **result.to_dict()})
             return
         with align_bar() as update:
-            result = run_align(recipe, out, overwrite=overwrite, state=state, progress=update)
+            result = run_align(recipe, out, overwrite=overwrite, state=state, progress=update, **where)
         _print_alignment(result)
 
 

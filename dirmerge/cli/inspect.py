@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dirmerge.cli.errors import report_errors
-from dirmerge.cli.options import LogKind, Threads, use_threads
+from dirmerge.cli.options import Device, LogKind, Memory, Threads, resolve_compute
 from dirmerge.cli.progress import progress_bar
 from dirmerge.cli.tables import make_table, open_console
 
@@ -27,7 +27,9 @@ def inspect(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that an inspection wrote.")
     ] = False,
+    device: Device = "auto",
     threads: Threads = None,
+    memory: Memory = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
 ) -> None:
     """Measures a merge by its directions: task spaces, their conflicts, what the merged update keeps."""
@@ -41,12 +43,13 @@ def inspect(
         except ModuleNotFoundError as error:
             typer.echo(f"the report needs {error.name}: pip install 'dirmerge[report]'", err=True)
             raise typer.Exit(1) from error
-        use_threads(threads)
+        resolve_compute(device, threads, memory)  # what makes no sense is told as a wrong command line
+        where: dict[str, Any] = {"device": device, "threads": threads, "memory": memory}
         if quiet:
-            found = run_inspect(source)
+            found = run_inspect(source, **where)
         else:
             with progress_bar() as update:
-                found = run_inspect(source, progress=update)
+                found = run_inspect(source, progress=update, **where)
         report.write(found, html, as_json)
         if not quiet:
             _print_inspection(found, [path for path in (html, as_json) if path is not None])

@@ -9,15 +9,17 @@ import typer
 from dirmerge.cli.errors import report_errors
 from dirmerge.cli.options import (
     AsKind,
+    Device,
     Log,
     LogKind,
+    Memory,
     Out,
     OutputKind,
     Overwrite,
     Rank,
     RecipePath,
     Threads,
-    use_threads,
+    resolve_compute,
 )
 from dirmerge.cli.progress import json_progress, print_json, progress_bar
 from dirmerge.cli.tables import bytes_text, make_table, open_console
@@ -37,7 +39,9 @@ def merge(
         typer.Option("--shard-size", help="Largest weight file, such as 5GB; default: the recipe's."),
     ] = None,
     overwrite: Overwrite = False,
+    device: Device = "auto",
     threads: Threads = None,
+    memory: Memory = None,
     log: Log = LogKind.text,
 ) -> None:
     """Merges the models of a recipe into one folder."""
@@ -54,30 +58,33 @@ def merge(
                 loaded = loaded.with_shard_size(parse_size(shard_size))
             except ValueError as error:
                 raise typer.BadParameter(str(error), param_hint="--shard-size") from error
-        use_threads(threads)
+        compute = resolve_compute(device, threads, memory)
         planned = api.plan(loaded, as_adapter=kind is OutputKind.adapter, rank=rank)
         if log is LogKind.json:
             print_json(
                 {"event": "plan", "method": planned.method_name, **planned.totals(), "notes": planned.notes}
             )
-            result = pipeline.run(planned, out, overwrite=overwrite, progress=json_progress)
+            result = pipeline.run(planned, out, overwrite=overwrite, progress=json_progress, compute=compute)
             print_json({"event": "done", **result.to_dict()})
             return
         for note in planned.notes:
             typer.echo(f"note: {note}", err=True)
         with progress_bar() as update:
-            result = pipeline.run(planned, out, overwrite=overwrite, progress=update)
+            result = pipeline.run(planned, out, overwrite=overwrite, progress=update, compute=compute)
         print_summary(result)
 
 
 def print_summary(result: MergeResult) -> None:
     """Prints what a merge did, as a table."""
+    from dirmerge.engine.result import compute_text
+
     console = open_console()
     rules = ", ".join(f"{count} {rule}" for rule, count in sorted(result.rules.items()))
     rows = [
         ["method", result.method],
         ["scale", result.scale_text()],
         ["tensors", rules],
+        ["ran on", compute_text(result.compute)],
         ["time", f"{result.seconds:.1f} s"],
         ["peak memory", bytes_text(result.peak_rss)],
     ]

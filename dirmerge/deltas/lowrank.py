@@ -87,10 +87,10 @@ class LowRank:
         """The (n, m) transpose."""
         return LowRank(self.right, None if self.core is None else self.core.mT, self.left)
 
-    def to(self, dtype: torch.dtype) -> LowRank:
-        """Returns the same matrix in another floating dtype."""
-        core = None if self.core is None else self.core.to(dtype)
-        return LowRank(self.left.to(dtype), core, self.right.to(dtype))
+    def to(self, kind: torch.dtype | torch.device) -> LowRank:
+        """Returns the same matrix in another floating dtype, or on another device."""
+        core = None if self.core is None else self.core.to(kind)
+        return LowRank(self.left.to(kind), core, self.right.to(kind))
 
     def scaled(self, factor: float) -> LowRank:
         """Returns factor · self; the factor goes into the smallest part."""

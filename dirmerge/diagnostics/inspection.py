@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapters import is_adapter
@@ -16,6 +17,7 @@ from dirmerge.checkpoints.reader import resolve
 from dirmerge.diagnostics.measuring import Inspector, Parameters, is_inspected
 from dirmerge.diagnostics.result import Inspection, alignment_terms, summarise
 from dirmerge.diagnostics.updates import ComputedUpdates, WrittenUpdates, open_finished, scale_text
+from dirmerge.engine.compute import Budget, Compute
 from dirmerge.engine.result import ProgressCallback
 from dirmerge.errors import RecipeError
 from dirmerge.linalg import etf_gap
@@ -29,6 +31,9 @@ def inspect(
     *,
     class_means: Mapping[str, Tensor] | None = None,
     progress: ProgressCallback | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    memory: int | str | None = None,
 ) -> Inspection:
     """Measures the directions of a merge: task spaces, their conflicts, and what the merged update keeps.
 
@@ -40,6 +45,9 @@ def inspect(
         source: a recipe (YAML file, YAML text, dict), or the folder of a finished merge.
         class_means: by name, (d, k) vectors of k classes, whose Δ_ETF is to be reported.
         progress: called with a Progress after every matrix.
+        device: where the directions are computed, as of `dirmerge.merge`; of several GPUs the first.
+        threads: of the CPU; torch's number by default.
+        memory: most bytes, or a size such as "12GB", of the host's memory and of the GPU's.
 
     Returns:
         The inspection: plain data.
@@ -49,10 +57,12 @@ def inspect(
         CheckpointError: an input that cannot be read, or a folder that no merge has written.
         MismatchError: inputs that do not fit together, or have changed since the merge.
         NonFiniteError: NaN or Inf, with file and tensor.
+        ValueError: a device, thread number or size that makes no sense or is not there.
     """
     from dirmerge import __version__
 
     started = time.perf_counter()
+    compute = Compute.resolve(device, threads, memory)
     gaps = {name: etf_gap(vectors) for name, vectors in (class_means or {}).items()}
     folder = _folder(source)
     manifest: dict[str, Any] = {}
@@ -61,14 +71,16 @@ def inspect(
         plan = make_plan(recipe, as_adapter=_needs_no_base(recipe))
     else:
         manifest, plan = open_finished(folder)
-    with closing(plan):
+    with closing(plan), compute.scoped_threads():
+        # Refuses a memory that is too small before anything is read.
+        Budget.of_plan(compute, plan)
         if folder is None:
-            parameters = Inspector(plan, ComputedUpdates(plan), progress).parameters()
+            parameters = Inspector(plan, ComputedUpdates(plan), compute.device, progress).parameters()
             parameters, found = _with_scale(plan, parameters)
             scale = f"{plan.scale.describe()}: {found}"
         else:
             with closing(WrittenUpdates(folder, plan)) as written:
-                parameters = Inspector(plan, written, progress).parameters()
+                parameters = Inspector(plan, written, compute.device, progress).parameters()
             scale = scale_text(manifest)
     rules: Counter[str] = Counter(tensor.rule for tensor in plan.tensors if not is_inspected(tensor))
     return Inspection(

@@ -39,11 +39,14 @@ def is_inspected(tensor: TensorPlan) -> bool:
 
 
 class Inspector:
-    """Measures every matrix of a plan, one after another."""
+    """Measures every matrix of a plan, one after another, on one device."""
 
-    def __init__(self, plan: Plan, updates: Updates, progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, plan: Plan, updates: Updates, device: torch.device, progress: ProgressCallback | None
+    ) -> None:
         self.plan = plan
         self.updates = updates
+        self.device = device
         self.read = DeltaReader.of(plan)
         self._progress = progress
 
@@ -69,9 +72,10 @@ class Inspector:
 
     def _matrix(self, work: MatrixWork) -> ParameterInspection:
         tensor, index, seed = work.tensor, work.index, work.seed
-        tasks, weights = self.read.tasks(tensor, index)
+        tasks, weights = self.read.tasks(tensor, index, self.device)
         sources = [source for source in tensor.sources if source.weight != 0]
         update, factors, notes = self.updates.get(tensor, index, tasks, weights, seed)
+        update = update.to(self.device)
         wanted = kept_ranks(tasks)
         if factors is None or factors.asked != wanted:
             factors = factor_tasks(tasks, wanted, "auto", 1e-2, seed)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from dirmerge.errors import RecipeError
+from dirmerge.planning import Plan
+from dirmerge.planning.plan import CHUNK_BYTES
 from dirmerge.recipe import parse_size
 
 CPU = torch.device("cpu")
@@ -123,6 +125,12 @@ class Budget:
     waiting: int
     device_ahead: int
     device_waiting: int
+
+    @classmethod
+    def of_plan(cls, compute: Compute, plan: Plan) -> Budget:
+        """Shares the memory for a plan; RecipeError as `of`."""
+        largest = max((tensor.peak_bytes for tensor in plan.tensors), default=0)
+        return cls.of(compute, largest, CHUNK_BYTES, resident_bytes(), plan.origin)
 
     @classmethod
     def of(cls, compute: Compute, largest: int, smallest_ahead: int, used: int, origin: str) -> Budget:

@@ -22,7 +22,7 @@ from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
 from dirmerge.checkpoints.writer import OutputFolder, copy_side_files
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.card import write_documents
-from dirmerge.engine.compute import Budget, Compute, resident_bytes
+from dirmerge.engine.compute import Budget, Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Feed, Item, Items, ReadJob
 from dirmerge.engine.reading import InputFiles
@@ -37,7 +37,6 @@ from dirmerge.errors import RecipeError
 from dirmerge.linalg import svd_truncated
 from dirmerge.methods import AlignmentTerms
 from dirmerge.planning import Plan, TensorPlan
-from dirmerge.planning.plan import CHUNK_BYTES
 
 # What a byte of output costs against a floating-point operation, for the progress bar.
 FLOPS_PER_BYTE = 50.0
@@ -131,8 +130,7 @@ class _Merge:
         self.reader = DeltaReader.of(plan)
         self.files = InputFiles(plan)
         self.items = Items(self.reader, self.files)
-        largest = max((tensor.peak_bytes for tensor in plan.tensors), default=0)
-        self.budget = Budget.of(compute, largest, CHUNK_BYTES, resident_bytes(), plan.origin)
+        self.budget = Budget.of_plan(compute, plan)
         self.workers = Workers(compute.workers, self.budget.ahead, self.budget.behind)
         self.workers.on_stop(self.files.stop)
         self.waiting = WaitingUpdates(scratch, self.budget.waiting)
