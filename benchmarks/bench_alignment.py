@@ -17,7 +17,7 @@ from torch import Tensor
 from dirmerge import LowRank
 from dirmerge.alignment import AlignmentTask, Head, LearnOptions, Model, Pooled
 from dirmerge.alignment.heads import as_head
-from dirmerge.alignment.learning import _Run
+from dirmerge.alignment.learner import Learner
 from dirmerge.alignment.losses import entropy
 from dirmerge.alignment.weights import ScaledUpdates
 
@@ -98,7 +98,7 @@ def test_learning_step(benchmark: Any, form: str) -> None:
     weights = ScaledUpdates(model, _components(updates), 0.3)
     rotate = form != "per task"  # AdaMerging has no rotations
     options = LearnOptions(rotate=rotate, alpha=0.8 if rotate else 0.0)
-    run = _Run(model, weights, tasks, options, None)
+    run = Learner(model, weights, tasks, options, None)
     run.begin()
 
     def step() -> None:

@@ -22,7 +22,7 @@ from benchmarks import competitors, inputs, report, roofline
 from benchmarks.shapes import BLOCKS, FAMILIES, LAYERS, MODELS, TASKS
 from benchmarks.tasks import debian
 from dirmerge import ops
-from dirmerge.demo.data import Example
+from dirmerge.demo.examples import Example
 from dirmerge.demo.sources import SourceError
 from dirmerge.linalg import svd_truncated
 from dirmerge.ops.delta_sketch import random_signs

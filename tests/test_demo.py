@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from dirmerge.api import merge
 from dirmerge.checkpoints.adapters import open_adapter
-from dirmerge.demo import data, evaluate, model, run, sources
-from dirmerge.demo.data import Example
+from dirmerge.demo import data, evaluate, model, parsers, run, sources
+from dirmerge.demo.examples import Example, TaskData, split
 from dirmerge.demo.sources import Archives, SourceError
 from dirmerge.errors import RecipeError
 
@@ -163,11 +163,11 @@ def test_unpacking_writes_the_files_below_the_prefix(tmp_path):
 
 def test_vader_lines_keep_clear_ratings_and_group_by_review():
     text = "1_1\t0.9\tgood\n1_2\t-2.0\tbad\n2_1\t0.4\tunclear\nbroken line\n"
-    assert data.parse_vader(text, grouped=True) == [
+    assert parsers.parse_vader(text, grouped=True) == [
         Example("good", "positive", "1"),
         Example("bad", "negative", "1"),
     ]
-    assert [example.group for example in data.parse_vader(text)] == ["1_1", "1_2"]
+    assert [example.group for example in parsers.parse_vader(text)] == ["1_1", "1_2"]
 
 
 def test_icd10_takes_the_chapter_and_the_parent_code():
@@ -176,7 +176,7 @@ def test_icd10_takes_the_chapter_and_the_parent_code():
         <diag><name>A00.1</name><desc>Cholera eltor &amp; more</desc></diag></diag></section></chapter>
       <chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>
         <diag><name>U07</name><desc>Emergency</desc></diag></chapter></x>"""
-    assert data.parse_icd10(xml) == [
+    assert parsers.parse_icd10(xml) == [
         Example("Cholera", "Infections", "A00"),
         Example("Cholera eltor & more", "Infections", "A00"),
     ]
@@ -188,13 +188,13 @@ def test_hscodes_drop_the_heading_word_and_group_by_heading():
         {"section": "I", "level": "4", "description": "Horses; live", "parent": "01"},
         {"section": "TOTAL", "level": "6", "description": "all", "parent": "x"},
     ]
-    assert data.parse_hscodes(json.dumps({"hscodes": rows})) == [Example(" live, pure-bred", "I", "0101")]
+    assert parsers.parse_hscodes(json.dumps({"hscodes": rows})) == [Example(" live, pure-bred", "I", "0101")]
 
 
 def test_cities_of_the_countries_that_have_most():
     cities = {str(i): {"name": f"city {i}", "countrycode": "AABBBC"[i]} for i in range(6)}
     countries = {code: {"iso": code, "name": f"land {code}"} for code in "ABC"}
-    examples, prompts = data.parse_cities(json.dumps(cities), json.dumps(countries), count=2)
+    examples, prompts = parsers.parse_cities(json.dumps(cities), json.dumps(countries), count=2)
     assert prompts == {"A": "a city in land A", "B": "a city in land B"}
     assert Counter(example.label for example in examples) == {"A": 2, "B": 3}
 
@@ -202,12 +202,12 @@ def test_cities_of_the_countries_that_have_most():
 def test_names_that_are_only_male_or_female():
     text = "# comment\nM  Karl                      2\n?M Kim                       1\n"
     text += "F  Eva                       3\nF  Eva+Maria                 3\n"
-    assert data.parse_names(text) == [Example("Karl", "M", "Karl"), Example("Eva", "F", "Eva")]
+    assert parsers.parse_names(text) == [Example("Karl", "M", "Karl"), Example("Eva", "F", "Eva")]
 
 
 def test_code_joins_three_lines_and_groups_runs_of_a_file():
     lines = [f"statement {i};" if i % 2 else "short" for i in range(2 * 3 * 21)]
-    examples = data.parse_code({"tests/examplefiles/c/a.c": "\n".join(lines)})
+    examples = parsers.parse_code({"tests/examplefiles/c/a.c": "\n".join(lines)})
     assert examples[0].text == "statement 1; statement 3; statement 5;"
     assert Counter(example.group for example in examples) == {
         "tests/examplefiles/c/a.c:0": 20,
@@ -226,7 +226,7 @@ def made_up(count: int, classes: int, group_size: int) -> list[Example]:
 def test_splits_keep_groups_together_and_shares_per_class():
     examples = made_up(100, 3, 5)
     group = {example.text: example.group for example in examples}
-    task = data.split("made", examples, {f"class {c}": f"prompt {c}" for c in range(3)})
+    task = split("made", examples, {f"class {c}": f"prompt {c}" for c in range(3)})
     parts = [task.train, task.validation, task.test]
     groups = [{group[text] for text, _ in part} for part in parts]
     assert not groups[0] & groups[1]
@@ -242,8 +242,8 @@ def test_split_does_not_depend_on_the_order_of_the_examples():
     examples = made_up(60, 2, 1)
     prompts = {"class 0": "a", "class 1": "b"}
     shuffled = random.Random(1).sample(examples, len(examples))
-    assert data.split("made", examples, prompts) == data.split("made", shuffled, prompts)
-    assert data.split("made", examples, prompts).test != data.split("other", examples, prompts).test
+    assert split("made", examples, prompts) == split("made", shuffled, prompts)
+    assert split("made", examples, prompts).test != split("other", examples, prompts).test
 
 
 def test_duplicates_count_once_and_contradictions_not_at_all():
@@ -255,7 +255,7 @@ def test_duplicates_count_once_and_contradictions_not_at_all():
         Example("contradiction", "class 1", "w"),
     ]
     prompts = {"class 0": "a", "class 1": "b"}
-    task = data.split("made", examples + extra, prompts)
+    task = split("made", examples + extra, prompts)
     texts = [text.lower() for text, _ in task.train + task.validation + task.test]
     assert len(texts) == 120
     assert len(set(texts)) == 120
@@ -265,12 +265,12 @@ def test_duplicates_count_once_and_contradictions_not_at_all():
 def test_a_class_without_test_texts_is_an_error():
     examples = [*made_up(60, 2, 1), Example("alone", "class 2", "alone")]
     with pytest.raises(SourceError, match="class 2"):
-        data.split("made", examples, {f"class {c}": "p" for c in range(3)})
+        split("made", examples, {f"class {c}": "p" for c in range(3)})
 
 
 def test_balance_caps_every_class():
     examples = made_up(80, 2, 1) + [Example(f"more {i}", "class 1", f"more {i}") for i in range(200)]
-    task = data.split("made", examples, {"class 0": "a", "class 1": "b"}, per_class=70)
+    task = split("made", examples, {"class 0": "a", "class 1": "b"}, per_class=70)
     labels = Counter(label for _, label in task.train + task.validation + task.test)
     assert labels == {0: 70, 1: 70}
 
@@ -278,17 +278,17 @@ def test_balance_caps_every_class():
 def test_the_first_texts_of_a_split_are_a_random_sample_of_it():
     # The cap keeps a tenth of class 1: were the order that of the choice, its texts would all come first.
     examples = made_up(200, 1, 1) + [Example(f"more {i}", "class 1", f"more {i}") for i in range(2000)]
-    task = data.split("made", examples, {"class 0": "a", "class 1": "b"}, per_class=200)
+    task = split("made", examples, {"class 0": "a", "class 1": "b"}, per_class=200)
     first = Counter(label for _, label in task.test[: len(task.test) // 2])
     assert len(task.test) == 80
     assert 13 <= first[0] <= 27
 
 
 @pytest.fixture
-def tiny_task(monkeypatch) -> data.TaskData:
+def tiny_task(monkeypatch) -> TaskData:
     """A task of two classes put in place of `movie`, with its right hash."""
     prompts = {"class 0": "good news", "class 1": "bad news"}
-    task = data.split("movie", made_up(30, 2, 1), prompts)
+    task = split("movie", made_up(30, 2, 1), prompts)
     digest = hashlib.sha256(task.to_json().encode()).hexdigest()
     source = data.TaskSource(
         "t", "my-wheel", "none", "none", lambda _: (made_up(30, 2, 1), prompts), None, digest
@@ -310,7 +310,7 @@ def test_a_changed_cache_is_built_again_and_a_changed_source_refused(archives, t
     assert data.prepare("movie", archives) == tiny_task
     cached.unlink()
     monkeypatch.setattr(
-        data, "build", lambda *_: data.split("x", made_up(40, 2, 1), {"class 0": "", "class 1": ""})
+        data, "build", lambda *_: split("x", made_up(40, 2, 1), {"class 0": "", "class 1": ""})
     )
     with pytest.raises(SourceError, match="task movie: the prepared data must have sha256"):
         data.prepare("movie", archives)
@@ -348,7 +348,7 @@ def test_accuracy_counts_the_nearest_prompt(tiny_encoder):
     tokenizer = model.Tokenizer(tiny_encoder)
     prompts = ["good news", "bad 5 6 7", "text of 1"]
     pairs = [("good news", 0), ("bad 5 6 7", 1), ("text of 1", 2), ("good news", 1)]
-    task = data.TaskData("t", ["a", "b", "c"], prompts, [], [], pairs)
+    task = TaskData("t", ["a", "b", "c"], prompts, [], [], pairs)
     probe = evaluate.make_probe(task, "test", encoder, tokenizer)
     assert evaluate.accuracy(encoder, probe, bf16=False) == 0.75
     first = evaluate.make_probe(task, "test", encoder, tokenizer, texts=3)
@@ -455,8 +455,8 @@ def test_the_whole_demo_on_a_tiny_model(tiny_encoder, archives, tmp_path, monkey
     words = ["good", "bad", "news", "text"]
     pairs = [(f"{word} {i}", label) for i in range(20) for label, word in enumerate(words)]
     tasks = {
-        "movie": data.TaskData("movie", words, words, [], [], pairs),
-        "city": data.TaskData("city", words[:2], words[:2], [], [], [(t, c) for t, c in pairs if c < 2]),
+        "movie": TaskData("movie", words, words, [], [], pairs),
+        "city": TaskData("city", words[:2], words[:2], [], [], [(t, c) for t, c in pairs if c < 2]),
     }
     for seed, task in enumerate(tasks):
         torch.manual_seed(seed)

@@ -26,7 +26,8 @@ from benchmarks.tasks.updates import FineTunes, merge
 from dirmerge import merge_deltas
 from dirmerge.alignment import LearnOptions
 from dirmerge.deltas.lowrank import LowRank
-from dirmerge.demo.data import TASKS, TaskData
+from dirmerge.demo.data import TASKS
+from dirmerge.demo.examples import TaskData
 from dirmerge.demo.model import load_encoder
 from dirmerge.methods import get_method
 

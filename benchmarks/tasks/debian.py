@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirmerge.demo.data import Example, TaskData, split
+from dirmerge.demo.examples import Example, TaskData, split
 from dirmerge.demo.sources import SourceError
 
 WORDS = 60  # of a text of foldoc, fortune and trump at most; the encoder reads about 40

@@ -12,8 +12,9 @@ from pathlib import Path
 import peft
 
 from benchmarks.tasks.train import BASE_NAME, RECIPES, seed_of
-from dirmerge.demo.data import TASKS, TaskData, prepare
+from dirmerge.demo.data import TASKS, prepare
 from dirmerge.demo.evaluate import accuracy, make_probe
+from dirmerge.demo.examples import TaskData
 from dirmerge.demo.model import Tokenizer, load_encoder
 from dirmerge.demo.run import adapter_folder
 from dirmerge.demo.sources import Archives

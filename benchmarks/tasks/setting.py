@@ -19,8 +19,9 @@ from benchmarks.tasks.experiments import SETS
 from benchmarks.tasks.store import FOLDER, Results, Row, pack, unpack
 from benchmarks.tasks.train import RECIPES, train
 from benchmarks.tasks.updates import FineTunes, evaluate, load_finetunes, mean, set_weights
-from dirmerge.demo.data import TASKS, TaskData, prepare
+from dirmerge.demo.data import TASKS, prepare
 from dirmerge.demo.evaluate import Probe, make_probe
+from dirmerge.demo.examples import TaskData
 from dirmerge.demo.model import Tokenizer, bfloat16_pays, load_encoder
 from dirmerge.demo.sources import Archives
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dirmerge.demo.data import TaskData
 from dirmerge.demo.evaluate import make_probe
+from dirmerge.demo.examples import TaskData
 from dirmerge.demo.model import Tokenizer, bucketed_batches, load_encoder, logits, pooled
 
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dirmerge.alignment.features import LastLayerInput, Pooled, classifier
     from dirmerge.alignment.heads import CallableHead, Head, StoredHead, read_head, read_heads, write_head
-    from dirmerge.alignment.learning import Learned, LearnProgress, adamerging, learn
+    from dirmerge.alignment.learned import Learned, LearnProgress
+    from dirmerge.alignment.learning import adamerging, learn
     from dirmerge.alignment.maps import TaskMap, closed_form, feature_map, ridge_map
     from dirmerge.alignment.model import AlignmentTask, Model, read_features
     from dirmerge.recipe.align import LearnOptions
@@ -24,8 +25,8 @@ _HOME = {
     "CallableHead": "dirmerge.alignment.heads",
     "Head": "dirmerge.alignment.heads",
     "LastLayerInput": "dirmerge.alignment.features",
-    "LearnProgress": "dirmerge.alignment.learning",
-    "Learned": "dirmerge.alignment.learning",
+    "LearnProgress": "dirmerge.alignment.learned",
+    "Learned": "dirmerge.alignment.learned",
     "Model": "dirmerge.alignment.model",
     "Pooled": "dirmerge.alignment.features",
     "StoredHead": "dirmerge.alignment.heads",

@@ -39,7 +39,7 @@ class Reading:
         return (0.0 if self.own is None else sum(self.own) / len(self.own), -self.loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
+        """Returns it as plain data (JSON)."""
         return asdict(self)
 
 
@@ -90,7 +90,7 @@ def complaint(
     if reading.agreement[worst] < min_agreement:
         what = (
             f"task {names[worst]} keeps {100 * reading.agreement[worst]:.0f} % of its first predictions "
-            f"(at least {100 * min_agreement:.0f} % are asked for)"
+            f"(at least {100 * min_agreement:.0f} % are required)"
         )
     elif max(reading.shift) <= max_shift:
         return (

@@ -1,4 +1,7 @@
-"""The command line: parses, calls, prints. Exit codes are those of dirmerge.errors, 2 a wrong usage."""
+"""The command line: parses, calls, prints.
+
+Exit codes are those of dirmerge.errors; 2 means a wrong command line.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Merge fine-tuned models by their directions: DC-Merge, MDA and their baselines."""

@@ -24,7 +24,7 @@ from dirmerge.cli.progress import align_bar, json_align_progress, print_json
 from dirmerge.cli.tables import make_table, open_console
 
 if TYPE_CHECKING:
-    from dirmerge.alignment.run import AlignResult
+    from dirmerge.alignment.result import AlignResult
 
 
 def align(
@@ -32,7 +32,7 @@ def align(
     out: Out,
     state: Annotated[
         Path | None,
-        typer.Option("--state", help="File (.safetensors) from which an interrupted learning goes on."),
+        typer.Option("--state", help="Resume from this state file (.safetensors), written while learning."),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -40,7 +40,7 @@ def align(
     memory: Memory = None,
     log: Log = LogKind.text,
 ) -> None:
-    """Merge, and align every task's features with unlabelled data: one backbone, a head per task."""
+    """Merges, and aligns every task's features with unlabelled data: one backbone, a head per task."""
     with report_errors(log):
         from dirmerge.alignment.run import align as run_align
 

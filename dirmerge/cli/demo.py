@@ -20,10 +20,10 @@ def demo(
         list[str] | None, typer.Option("--method", help="Only this method; repeat for more.")
     ] = None,
     texts: Annotated[
-        int, typer.Option("--texts", min=1, help="At most so many test texts of each task.")
+        int, typer.Option("--texts", min=1, help="Largest number of test texts of each task.")
     ] = 400,
 ) -> None:
-    """Merge eight real adapters of a real transformer by every method and evaluate the results."""
+    """Merges eight real adapters of a real transformer by every method and evaluates the results."""
     with report_errors(LogKind.text):
         try:
             from dirmerge.demo import run

@@ -13,7 +13,7 @@ from dirmerge.cli.tables import make_table, open_console
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Show versions, native library and backends, what is missing and how to get it."""
+    """Shows versions, native library and backends, what is missing and how to get it."""
     from dirmerge.doctor import examine
 
     report = examine()

@@ -34,7 +34,7 @@ def report_errors(log: LogKind) -> Iterator[None]:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came: everything on the way out cleans up, as after Ctrl-C."""
+    """SIGTERM arrived; the merge cleans up as after Ctrl-C."""
 
 
 @contextlib.contextmanager

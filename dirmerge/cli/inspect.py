@@ -32,13 +32,13 @@ def inspect(
     memory: Memory = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print no progress and no summary.")] = False,
 ) -> None:
-    """Measure a merge by its directions: task spaces, their conflicts, what the merged update keeps."""
+    """Measures a merge by its directions: task spaces, their conflicts, what the merged update keeps."""
     with report_errors(LogKind.text):
         from dirmerge.diagnostics import inspect as run_inspect
         from dirmerge.diagnostics import report
 
         try:
-            # What cannot be written is told before the work.
+            # A report that cannot be written is an error before the work.
             report.check(html, as_json, overwrite=overwrite)
         except ModuleNotFoundError as error:
             typer.echo(f"the report needs {error.name}: pip install 'dirmerge[report]'", err=True)

@@ -36,7 +36,7 @@ def merge(
     rank: Rank = None,
     shard_size: Annotated[
         str | None,
-        typer.Option("--shard-size", help="Largest weight file, such as 5GB; default the recipe's."),
+        typer.Option("--shard-size", help="Largest weight file, such as 5GB; default: the recipe's."),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -44,7 +44,7 @@ def merge(
     memory: Memory = None,
     log: Log = LogKind.text,
 ) -> None:
-    """Merge the models of a recipe into one folder."""
+    """Merges the models of a recipe into one folder."""
     with report_errors(log):
         from dirmerge import api
         from dirmerge.engine import pipeline

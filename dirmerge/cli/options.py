@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 class OutputKind(str, enum.Enum):
-    """What is written."""
+    """Kind of output."""
 
     model = "model"
     adapter = "adapter"
 
 
 class LogKind(str, enum.Enum):
-    """How progress is shown."""
+    """Form of progress and result."""
 
     text = "text"
     json = "json"
 
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file, mergekit's schema and our keys.")
+    Path, typer.Argument(metavar="RECIPE", help="YAML file: mergekit's schema and dirmerge's keys.")
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; it appears complete or not at all.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; it is written atomically.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the folder if dirmerge wrote it and it holds no input.")
 ]
@@ -39,16 +39,17 @@ Device = Annotated[
         "--device", help="auto (the GPUs that are there, else the CPU), cpu, cuda, or cuda:N[,cuda:M]."
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        "--memory", help="Most memory to use, such as 12GB: of the host, and of each GPU; default no limit."
+        "--memory", help="Most memory to use, such as 12GB: of the host, and of each GPU; default: no limit."
     ),
 ]
 AsKind = Annotated[OutputKind, typer.Option("--as", help="Write a model, or a PEFT adapter (from adapters).")]
 Rank = Annotated[
-    int | None, typer.Option("--rank", min=1, help="Rank of the adapter written; default Σ r_t.")
+    int | None,
+    typer.Option("--rank", min=1, help="Rank of the adapter (--as adapter); default: the sum of all ranks."),
 ]
 Log = Annotated[LogKind, typer.Option("--log", help="text, or json: one object per line on standard output.")]
 

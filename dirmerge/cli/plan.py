@@ -21,7 +21,7 @@ def plan(
     rank: Rank = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
 ) -> None:
-    """Show what a merge will do, from the headers of its inputs: no weight is read, nothing is written."""
+    """Shows what a merge will do, from the headers of its inputs: it reads no weight and writes nothing."""
     with report_errors(LogKind.json if as_json else LogKind.text):
         from dirmerge import api
 

@@ -14,7 +14,7 @@ import typer
 from dirmerge.cli.tables import bytes_text
 
 if TYPE_CHECKING:
-    from dirmerge.alignment.run import AlignProgress
+    from dirmerge.alignment.result import AlignProgress
     from dirmerge.engine.result import Progress
 
 

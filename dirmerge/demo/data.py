@@ -25,101 +25,29 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import re
 import tarfile
-import xml.etree.ElementTree as ET
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from dirmerge.demo.examples import Example, TaskData, split
+from dirmerge.demo.parsers import (
+    HS_SECTIONS,
+    LANGUAGES,
+    parse_cities,
+    parse_code,
+    parse_hscodes,
+    parse_icd10,
+    parse_names,
+    parse_vader,
+)
 from dirmerge.demo.sources import Archives, SourceError
-
-TRAIN, VALIDATION, TEST = 4000, 500, 1000  # at most so many texts per split
-
-HS_SECTIONS = {
-    "I": "live animals and animal products",
-    "II": "vegetable products",
-    "III": "animal or vegetable fats and oils",
-    "IV": "prepared foodstuffs, beverages and tobacco",
-    "V": "mineral products",
-    "VI": "chemical products",
-    "VII": "plastics and rubber",
-    "VIII": "leather, hides and furskins",
-    "IX": "wood and cork",
-    "X": "paper and pulp",
-    "XI": "textiles and clothing",
-    "XII": "footwear and headgear",
-    "XIII": "stone, ceramic and glass",
-    "XIV": "precious stones, metals and jewellery",
-    "XV": "base metals such as iron and copper",
-    "XVI": "machinery and electrical equipment",
-    "XVII": "vehicles, aircraft and ships",
-    "XVIII": "optical, medical and measuring instruments, clocks",
-    "XIX": "arms and ammunition",
-    "XX": "furniture, toys and miscellaneous manufactured articles",
-    "XXI": "works of art and antiques",
-}
-# Well-known languages of which Pygments has some hundred lines of example code.
-LANGUAGES = {
-    "bash": "Bash shell",
-    "c": "C",
-    "cobol": "COBOL",
-    "common-lisp": "Common Lisp",
-    "cpp": "C++",
-    "delphi": "Delphi Pascal",
-    "fortran": "Fortran",
-    "haskell": "Haskell",
-    "html": "HTML",
-    "java": "Java",
-    "make": "Makefile",
-    "ocaml": "OCaml",
-    "perl": "Perl",
-    "rb": "Ruby",
-    "rust": "Rust",
-    "smalltalk": "Smalltalk",
-}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A text, its class, and the group that must stay within one split."""
-
-    text: str
-    label: str
-    group: str
-
 
 Builder = Callable[[Archives], tuple[list[Example], Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
-class TaskData:
-    """A prepared task: prompts[c] describes class c; each split is a list of (text, class index)."""
-
-    name: str
-    classes: list[str]
-    prompts: list[str]
-    train: list[tuple[str, int]]
-    validation: list[tuple[str, int]]
-    test: list[tuple[str, int]]
-
-    def to_json(self) -> str:
-        """The canonical JSON text of the task, the input of its pinned hash."""
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> TaskData:
-        """The task that `to_json` wrote."""
-        fields = json.loads(text)
-        for split in ("train", "validation", "test"):
-            fields[split] = [(text, label) for text, label in fields[split]]
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
 class TaskSource:
-    """How a task is made: a title, its archive, licence and attribution, and the functions that parse it."""
+    """How a task is made: title, archive, licence, attribution, and the function that builds its examples."""
 
     title: str
     package: str
@@ -128,171 +56,6 @@ class TaskSource:
     build: Builder
     per_class: int | None  # at most so many texts of a class, chosen before the split
     sha256: str
-
-
-def split(
-    name: str, examples: Iterable[Example], prompts: Mapping[str, str], *, per_class: int | None = None
-) -> TaskData:
-    """Cleans, balances and splits the examples of a task, by group.
-
-    White space is collapsed; texts equal up to case count once, and not at all if their classes differ. All
-    orders are those of sha256("task:purpose:text"): they need no random generator and never change. Within
-    each class, groups go to test until it has its share of min(1000, a fifth), then to validation (500, an
-    eighth of the rest), then to train.
-
-    Args:
-        name: the task's name, the seed of the order.
-        examples: the raw examples.
-        prompts: the description of every class; the classes are numbered in the sorted order of their names.
-        per_class: at most so many texts of each class.
-
-    Raises:
-        SourceError: a class has no text in one of the splits.
-    """
-    kept: dict[str, Example | None] = {}
-    for example in examples:
-        text = " ".join(example.text.split())
-        if len(text) < 2:
-            continue
-        key = text.lower()
-        other = kept.get(key)
-        if key not in kept:
-            kept[key] = Example(text, example.label, example.group)
-        elif other is not None and other.label != example.label:
-            kept[key] = None
-    ordered = sorted((e for e in kept.values() if e is not None), key=lambda e: _order(name, "pick", e.text))
-    if per_class is not None:
-        count: Counter[str] = Counter()
-        balanced = []
-        for example in ordered:
-            if count[example.label] < per_class:
-                count[example.label] += 1
-                balanced.append(example)
-        ordered = balanced
-    groups: dict[str, list[Example]] = defaultdict(list)
-    for example in ordered:
-        groups[example.group].append(example)
-
-    classes = sorted(prompts)
-    index = {label: i for i, label in enumerate(classes)}
-    total = len(ordered)
-    want_test = min(TEST, total // 5)
-    want_validation = min(VALIDATION, (total - want_test) // 8)
-    splits: dict[str, list[Example]] = {"test": [], "validation": [], "train": []}
-    by_label: dict[str, list[str]] = defaultdict(list)
-    for group in sorted(groups, key=lambda g: _order(name, "group", g)):
-        by_label[Counter(example.label for example in groups[group]).most_common(1)[0][0]].append(group)
-    for names in by_label.values():
-        size = sum(len(groups[group]) for group in names)
-        taken = Counter({"test": 0, "validation": 0})
-        for left, group in zip(range(len(names), 0, -1), names, strict=True):
-            # A class of few groups keeps one for each later split.
-            if taken["test"] * total < size * want_test and (not taken["test"] or left > 2):
-                target = "test"
-            elif taken["validation"] * total < size * want_validation and (
-                not taken["validation"] or left > 1
-            ):
-                target = "validation"
-            else:
-                target = "train"
-            splits[target] += groups[group]
-            taken[target] += len(groups[group])
-    # A group is taken whole, so a split can exceed its size. The order that cuts it must be another one than
-    # those that chose texts and groups, or the first texts of a split would not be a random sample of it.
-    sizes = {"train": TRAIN, "validation": want_validation, "test": want_test}
-    pairs = {}
-    for key, chosen in splits.items():
-        chosen.sort(key=lambda e: _order(name, "order", e.text))
-        pairs[key] = [(e.text, index[e.label]) for e in chosen[: sizes[key]]]
-        absent = set(range(len(classes))) - {label for _, label in pairs[key]}
-        if absent:
-            raise SourceError(
-                f"task {name}: no {key} text for {', '.join(classes[i] for i in sorted(absent))}"
-            )
-    return TaskData(name, classes, [prompts[c] for c in classes], **pairs)
-
-
-def _order(name: str, purpose: str, key: str) -> bytes:
-    return hashlib.sha256(f"{name}:{purpose}:{key}".encode()).digest()
-
-
-def parse_vader(text: str, *, grouped: bool = False) -> list[Example]:
-    """Examples of VADER's ground truth, lines `id TAB mean rating TAB text`: clear ones, |rating| ≥ 0.5.
-
-    Args:
-        text: the file's content.
-        grouped: the id is `review_sentence` and the review is the group.
-    """
-    examples = []
-    for line in text.splitlines():
-        fields = line.split("\t")
-        if len(fields) < 3 or abs(float(fields[1])) < 0.5:
-            continue
-        label = "positive" if float(fields[1]) > 0 else "negative"
-        examples.append(Example(fields[2], label, fields[0].split("_")[0] if grouped else fields[0]))
-    return examples
-
-
-def parse_icd10(xml: bytes) -> list[Example]:
-    """Examples of the ICD-10-CM tabular list: every diagnosis, its chapter, its three-character category."""
-    examples = []
-    for chapter in ET.fromstring(xml).iter("chapter"):
-        if chapter.findtext("name", "").strip() == "22":
-            continue  # codes for special purposes: a handful
-        label = re.sub(r"\s*\([A-Z]\d.*\)$", "", chapter.findtext("desc", "").strip())
-        for diagnosis in chapter.iter("diag"):
-            code, text = diagnosis.findtext("name", ""), diagnosis.findtext("desc", "")
-            examples.append(Example(text, label, code[:3]))
-    return examples
-
-
-def parse_hscodes(text: str) -> list[Example]:
-    """Examples of the Harmonized System: six-digit goods without their leading words, section, heading."""
-    examples = []
-    for row in json.loads(text)["hscodes"]:
-        if row["level"] == "6" and row["section"] in HS_SECTIONS:
-            # "Horses; live, pure-bred" → "live, pure-bred": the heading word would give the section away.
-            goods = row["description"].split(";", 1)[-1].split(":", 1)[-1]
-            examples.append(Example(goods, row["section"], row["parent"]))
-    return examples
-
-
-def parse_cities(cities: str, countries: str, count: int = 16) -> tuple[list[Example], dict[str, str]]:
-    """GeoNames' cities above 15000 people, of the `count` countries that have most of them, and prompts."""
-    rows = list(json.loads(cities).values())
-    frequency = Counter(row["countrycode"] for row in rows)
-    top = sorted(frequency, key=lambda code: (-frequency[code], code))[:count]
-    names = {row["iso"]: row["name"] for row in json.loads(countries).values()}
-    examples = [
-        Example(row["name"], row["countrycode"], row["name"]) for row in rows if row["countrycode"] in top
-    ]
-    return examples, {code: f"a city in {names[code]}" for code in top}
-
-
-def parse_names(text: str) -> list[Example]:
-    """Examples of nam_dict.txt: first names that are only male (M) or only female (F)."""
-    examples = []
-    for line in text.splitlines():
-        label, name = line[:2].strip(), line[3:29].strip()
-        if label in ("M", "F") and name and "+" not in name:
-            examples.append(Example(name, label, name))
-    return examples
-
-
-def parse_code(files: Mapping[str, str]) -> list[Example]:
-    """Examples of source files, by path `…/language/file`: three lines of more than eight characters, joined.
-
-    At most 250 of a file, so that no file dominates its language. The group is a run of sixty such lines,
-    as most languages have one large file only: its parts are in several splits, and accuracy on other files
-    is lower.
-    """
-    examples = []
-    for path, text in files.items():
-        language = path.split("/")[-2]
-        lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 8]
-        pieces = [" ".join(lines[i : i + 3])[:160] for i in range(0, len(lines), 3)]
-        examples += [Example(piece, language, f"{path}:{i // 20}") for i, piece in enumerate(pieces[:250])]
-    return examples
 
 
 def _vader(file: str, *, grouped: bool = False) -> Builder:
@@ -422,7 +185,7 @@ TASKS: dict[str, TaskSource] = {
 
 
 def prepare(name: str, archives: Archives) -> TaskData:
-    """A task built from the archives, or read from the cache, with its pinned sha256 checked either way.
+    """Builds a task from the archives or reads it from the cache; its pinned SHA-256 is checked either way.
 
     Raises:
         ValueError: there is no such task.
@@ -449,6 +212,6 @@ def prepare(name: str, archives: Archives) -> TaskData:
 
 
 def build(name: str, archives: Archives) -> TaskData:
-    """A task built from the archives, its hash unchecked."""
+    """Builds a task from the archives, without a check of its hash."""
     examples, prompts = TASKS[name].build(archives)
     return split(name, examples, prompts, per_class=TASKS[name].per_class)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirmerge.demo.data import TaskData
+from dirmerge.demo.examples import TaskData
 from dirmerge.demo.model import Tokenizer, embed, head, logits
 
 

@@ -72,11 +72,12 @@ class Panel:
     """One table of a heat map.
 
     Attributes:
-        title: above it.
-        values: per row, per column.
+        title: heading of the table.
+        values: values by row and column.
         ramp: colours from low to high.
-        show: writes a value in a cell.
-        low: value of the lightest colour, high: of the darkest; default the least and the largest.
+        show: function that formats the value of a cell.
+        low: value of the lightest colour; default: the smallest value.
+        high: value of the darkest colour; default: the largest value.
     """
 
     title: str

@@ -109,7 +109,7 @@ def _folder(source: object) -> Path | None:
 
 
 def _needs_no_base(recipe: Recipe) -> bool:
-    """Whether a recipe without a base merges adapters alone, whose updates stand for themselves."""
+    """Whether a recipe has no base and merges adapters only, whose updates need none."""
     sources = [entry.model.source for entry in recipe.models]
     return recipe.base is None and all(
         isinstance(source, str) and is_adapter(resolve(source)) for source in sources

@@ -34,12 +34,12 @@ Parameters = list[tuple[TensorPlan, ParameterInspection]]
 
 
 def is_inspected(tensor: TensorPlan) -> bool:
-    """Whether the method merges it and it is a matrix, not a table of vectors."""
+    """Whether the tensor is a matrix that the method merges, not a table of vectors."""
     return tensor.rule == "merge" and tensor.aligned
 
 
 class Inspector:
-    """Measures matrix by matrix, on one device."""
+    """Measures every matrix of a plan, one after another, on one device."""
 
     def __init__(
         self, plan: Plan, updates: Updates, device: torch.device, progress: ProgressCallback | None
@@ -136,7 +136,7 @@ class Inspector:
         )
 
     def _pairs(self, bases: Tensor, blocks: Sequence[slice], sources: Sequence[Source]) -> Pairs:
-        """Returns the tables of the tasks that take part, at the places of all tasks."""
+        """Returns the tables of the participating tasks, placed among all tasks."""
         found = measures.compare_spaces(bases, blocks)
         count = len(self.plan.tasks)
         tables = {}
@@ -151,7 +151,7 @@ class Inspector:
     def _row_blocks(
         self, tensor: TensorPlan, index: int | None, sources: Sequence[Source]
     ) -> Iterator[Tensor]:
-        """Yields (T, rows, n) the same rows of all weighted deltas, adapters multiplied out row by row."""
+        """Yields (T, rows, n): the same rows of all weighted deltas; adapters are multiplied out by rows."""
         m, n = self.read.matrix_shape(tensor)
         updates = self.read.low_ranks(tensor)
         is_dense = any(source.rank is None for source in sources)
@@ -178,7 +178,7 @@ def _matrix_shape(tasks: Tasks) -> tuple[int, int]:
 
 
 def _spectrum(tasks: Tasks, t: int, factors: Factors) -> tuple[Tensor, float]:
-    """Returns the singular values of a task as far as they are known, and ‖D_t‖²_F."""
+    """Returns the known singular values of a task, and ‖D_t‖²_F."""
     if tasks.ranks[t] is None and min(tasks.shape) > SPECTRUM_UP_TO:
         s = factors.s[t].double()
         return s, float(s.square().sum()) / factors.energy[t] if factors.energy[t] > 0 else 0.0

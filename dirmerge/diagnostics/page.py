@@ -56,7 +56,7 @@ def to_html(inspection: Inspection) -> str:
 
 
 def by_layer(parameters: Sequence[ParameterInspection]) -> list[tuple[str, list[ParameterInspection]]]:
-    """Returns the matrices by layer, in order; one outside the layers stands alone."""
+    """Returns the matrices by layer, in order; a matrix outside the layers forms a group of one."""
     groups: dict[str, list[ParameterInspection]] = {}
     for parameter in parameters:
         match = re.match(r"(.*?[A-Za-z_]\w*\.\d+)\.", parameter.name)
@@ -65,7 +65,7 @@ def by_layer(parameters: Sequence[ParameterInspection]) -> list[tuple[str, list[
 
 
 def _content(found: Inspection) -> dict[str, Any]:
-    """Returns what the template shows."""
+    """Returns the values of the template."""
     names = [cut(clean(name), 40) for name in short_names(found.tasks)]
     summary = found.summary
     return {

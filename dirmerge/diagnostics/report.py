@@ -1,4 +1,4 @@
-"""The files of an inspection's report: what may be replaced, and writing them."""
+"""Writes the files of an inspection's report, and checks which files it may replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an inspection finds: plain data, per matrix and for the whole model."""
+"""Results of an inspection: plain data, per matrix and for the whole model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Data(BaseModel):
 
 
 class Pairs(_Data):
-    """How the tasks' subspaces lie to each other: T × T tables, None where a task has none."""
+    """Relations of the tasks' subspaces: T × T tables, None where a task has no subspace."""
 
     overlap: list[list[Number]]
     chance: list[list[Number]]
@@ -67,7 +67,7 @@ class ParameterInspection(_Data):
     """One matrix.
 
     Attributes:
-        name: of the tensor, with its number in a stack.
+        name: name of the tensor, with its number in a stack.
         shape: (m, n).
         scale: λ.
         tasks: one per task of the merge, None for those that take no part.
@@ -82,8 +82,8 @@ class ParameterInspection(_Data):
         accumulation: leading singular values of the plain sum over those of orthogonal tasks.
         accumulation_merged: the same of λD.
         merged_norm: ‖λD‖_F.
-        merged_stable_rank: of D.
-        notes: facts worth knowing.
+        merged_stable_rank: stable rank of D.
+        notes: remarks on this matrix.
     """
 
     name: str
@@ -112,7 +112,7 @@ class ParameterInspection(_Data):
         return any(task is not None and task.norm > 0 for task in self.tasks)
 
     def scaled(self, factor: float) -> ParameterInspection:
-        """Returns what holds for factor · D: alignments, norm and singular values follow."""
+        """Returns the inspection of factor · D: alignments, norm and singular values are scaled."""
         sign = (factor > 0) - (factor < 0)
         tasks = [
             task
@@ -318,7 +318,7 @@ def _mean_pairs(pairs: Sequence[Pairs], count: int) -> Pairs:
 
 
 def _mean(values: Iterable[float | None], weights: Sequence[float] | None = None) -> float | None:
-    """Return the mean of the values that are there, None if none is."""
+    """Returns the mean of the known values, None if there is none."""
     listed = list(values)
     sizes = [1.0] * len(listed) if weights is None else weights
     known = [(value, size) for value, size in zip(listed, sizes, strict=True) if value is not None]

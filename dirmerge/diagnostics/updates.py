@@ -1,4 +1,4 @@
-"""Where an inspection takes merged updates from: the method, or a finished merge's files."""
+"""Sources of the merged updates of an inspection: the method, or the files of a finished merge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dirmerge.recipe import load_recipe
 
 
 class Updates(Protocol):
-    """Where merged updates come from."""
+    """Source of merged updates."""
 
     def get(
         self, tensor: TensorPlan, index: int | None, tasks: Tasks, weights: list[float], seed: int
@@ -44,7 +44,7 @@ class ComputedUpdates:
 
 
 class WrittenUpdates:
-    """Merged updates as a finished merge has written them, λ and rounding included."""
+    """Merged updates as a finished merge wrote them, λ and rounding included."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder

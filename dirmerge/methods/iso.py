@@ -58,10 +58,10 @@ def iso_c(
         weights: T weights >= 0.
         rank: directions per task: the T · rank leading directions of the sum are kept; default all (min(m,
             n), or Σ r_t for adapters).
-        svd: "exact", "randomized" or "auto"; the SVD is made only with a rank, the polar factor is exact
-            under "exact".
-        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
-        seed: of the randomized SVD.
+        svd: method of the SVD, see `svd_truncated`; only a given rank needs one. "exact" makes the polar
+            factor exact too.
+        svd_tolerance: tolerance of a randomized SVD, see `svd_truncated`.
+        seed: seed of the randomized SVD.
 
     Returns:
         MergedDelta, factored for adapters and where a rank is given, dense otherwise.
@@ -126,9 +126,9 @@ def iso_cts(
         rank: directions per task in the budget; default min(m, n) / T, an adapter's own rank.
         common_fraction: share of the budget (min(m, n), or Σ r_t) that the common subspace takes, rounded so
             that the rest divides among the tasks.
-        svd: "exact", "randomized" or "auto" for the tasks' own directions.
-        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
-        seed: of the randomized SVD.
+        svd: method of the SVDs of single tasks, see `svd_truncated`.
+        svd_tolerance: tolerance of a randomized SVD, see `svd_truncated`.
+        seed: seed of the randomized SVD.
 
     Returns:
         MergedDelta, factored.

@@ -29,9 +29,9 @@ def tsv_m(
         tasks: T deltas (m, n), dense or LowRank.
         weights: T weights >= 0 of the singular values.
         rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
-        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
-        seed: of the randomized SVD.
+        svd: method of the SVDs, see `svd_truncated`.
+        svd_tolerance: tolerance of a randomized SVD, see `svd_truncated`.
+        seed: seed of the randomized SVD.
 
     Returns:
         MergedDelta, factored with rank Σ r_t.

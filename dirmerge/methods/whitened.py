@@ -72,9 +72,9 @@ def whitened(
         rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank, and ⌊min(m, n) / 2T⌋
             at most where adapters are balanced: equal weights on directions that nearly fill the space cost
             4 points with eight adapters of rank 64 in 384 dimensions, 1 with sixteen of rank 16.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
-        svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
-        seed: of the randomized SVD.
+        svd: method of the SVDs, see `svd_truncated`.
+        svd_tolerance: tolerance of a randomized SVD, see `svd_truncated`.
+        seed: seed of the randomized SVD.
 
     Returns:
         MergedDelta, factored with rank Σ r_t.
