@@ -4,14 +4,13 @@
     python -m benchmarks.throughput --parts models --layers 8    one part, one size
     python -m benchmarks.throughput --parts mergekit --mergekit path/to/mergekit-yaml
 
-| part | what is measured | reference |
-|---|---|---|
-| models | task arithmetic and TIES of three Llama-shaped fine-tunes | `cat` of the inputs, `cp` of the output |
-| mergekit | the same two merges | mergekit |
-| memory | the same two merges under `--memory` | the budget |
-| adapters | the sum of eight rank-16 adapters of 7B shape, as one | `cat` of the inputs, `cp` of the output |
-| many | the average of 400 models of three tiny tensors | the start-up of the command |
-| cover | DC-Merge of eight full fine-tunes of one matrix | its dense form |
+    part      what is measured                                             reference
+    models    task arithmetic and TIES of three Llama-shaped fine-tunes    cat of the inputs, cp of the output
+    mergekit  the same two merges                                          mergekit
+    memory    the same two merges under --memory                           the budget
+    adapters  the sum of eight rank-16 adapters of 7B shape, as one        cat of the inputs, cp of the output
+    many      the average of 400 models of three tiny tensors              the start-up of the command
+    cover     DC-Merge of eight full fine-tunes of one matrix              its dense form
 
 Inputs are synthetic and made once per run in a temporary folder. Every result is checked before a time is
 kept. A command and its reference take turns with the page cache warm, and medians count. The rows go to
@@ -461,9 +460,10 @@ def save(results: dict[str, list[Row]], about: dict[str, Any], folder: Path) -> 
     path = folder / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     for part, rows in results.items():
-        known = content.get(part, {}).get("rows", [])
-        merged = {tuple(row[key] for key in KEYS[part]): row for row in [*known, *rows]}
-        content[part] = {"machine": about, "rows": list(merged.values())}
+        merged = {tuple(row[key] for key in KEYS[part]): row for row in content.get(part, [])}
+        for row in rows:
+            merged[tuple(row[key] for key in KEYS[part])] = {**row, "machine": about}
+        content[part] = list(merged.values())
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -487,8 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes.add_argument("--hidden", type=int, default=2048)
     sizes.add_argument("--intermediate", type=int, default=5632)
     sizes.add_argument("--vocabulary", type=int, default=32000)
-    sizes.add_argument("--adapter-shape", type=int, nargs=3, default=[SEVEN_BILLION.layers, SEVEN_BILLION.hidden, SEVEN_BILLION.intermediate],
-                       metavar=("LAYERS", "HIDDEN", "INTERMEDIATE"))  # fmt: skip
+    shape = [SEVEN_BILLION.layers, SEVEN_BILLION.hidden, SEVEN_BILLION.intermediate]
+    names = ("LAYERS", "HIDDEN", "INTERMEDIATE")
+    sizes.add_argument("--adapter-shape", type=int, nargs=3, default=shape, metavar=names)
     sizes.add_argument("--many", type=int, default=MANY, help="models of the part many; default 400")
     sizes.add_argument("--cover", type=int, nargs="+", default=[2048, 4096], help="default 2048 4096")
     chosen = parser.parse_args(arguments)

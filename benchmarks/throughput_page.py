@@ -164,15 +164,17 @@ def page(folder: Path = RESULTS) -> str:
     lines = [
         "# Whole commands",
         "",
-        "Written by `python -m benchmarks.throughput` from the JSON in throughput/. The inputs are synthetic,",
-        "in bfloat16, and in the page cache. Times are medians of wall time; peaks are of resident memory.",
+        "Written by `python -m benchmarks.throughput` from the JSON in throughput/. The inputs are",
+        "synthetic, in bfloat16, and in the page cache. Times are medians of wall time; peaks are of",
+        "resident memory.",
         "",
     ]
     for part, section in SECTIONS.items():
-        runs = [content[part] for content in files if part in content]
-        if runs:
+        by_machine: dict[str, list[list[str]]] = {}
+        for row in (row for content in files for row in content.get(part, [])):
+            by_machine.setdefault(machine.line(row["machine"]), []).append(section.cells(row))
+        if by_machine:
             lines += [f"## {section.title}", "", section.about, ""]
-        for one in runs:
-            rows = [section.cells(row) for row in one["rows"]]
-            lines += [f"On {machine.line(one['machine'])}.", "", *table(section.header, rows)]
+        for about, rows in by_machine.items():
+            lines += [f"On {about}.", "", *table(section.header, rows)]
     return "\n".join(lines).rstrip() + "\n"
