@@ -75,7 +75,17 @@ print(json.dumps([elapsed, usage.ru_maxrss * unit / 1e6, os.waitstatus_to_exitco
 
 
 class CommandError(RuntimeError):
-    """A measured command failed; the message holds the end of its output."""
+    """A measured command failed.
+
+    Args:
+        arguments: the command.
+        code: its exit status.
+        output: the last lines that it printed.
+    """
+
+    def __init__(self, arguments: Sequence[str | Path], code: int, output: str) -> None:
+        super().__init__(f"{' '.join(map(str, arguments))} exited with {code}:\n{output}")
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ def run_command(arguments: Sequence[str | Path], log: Path) -> Usage:
     elapsed, peak, code = json.loads(done.stdout)
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise CommandError(f"{' '.join(map(str, arguments))} exited with {code}:\n{tail}")
+        raise CommandError(arguments, code, tail)
     return Usage(elapsed, peak)
 
 
@@ -293,7 +303,9 @@ def memory_row(setting: Setting, llama: Llama, folders: Sequence[Path], method: 
     try:
         usage = measure(lambda: run_command(command, log), out)
     except CommandError as error:
-        return {**row, "refused": str(error).splitlines()[-1]}
+        if "Traceback" in error.output or "memory" not in error.output.lower():
+            raise
+        return {**row, "refused": " ".join(error.output.split())}
     synthetic.check_models(method, folders, out)
     shutil.rmtree(out)
     limit = megabytes(budget)
@@ -417,31 +429,25 @@ def measured_on_models(part: str, setting: Setting, llama: Llama, folders: list[
                 yield memory_row(setting, llama, folders, method, budget)
 
 
-def run(parts: Sequence[str], setting: Setting) -> dict[str, list[Row]]:
-    """Measures parts. Only `models` runs at every size, the others at the smallest."""
-    results: dict[str, list[Row]] = {}
+def run(parts: Sequence[str], setting: Setting) -> Iterator[tuple[str, Row]]:
+    """Measures parts and yields their rows. Only `models` runs at every size, the others at the smallest."""
+    possible = []
     for part in parts:
         reason = skipped(part, setting)
         if reason is None:
-            results[part] = []
+            possible.append(part)
         else:
             print(f"{part}: skipped: {reason}", flush=True)
-
-    def keep(part: str, rows: Iterator[Row]) -> None:
-        for row in rows:
-            results[part].append(row)
-            print(f"{part}: {json.dumps(row)}", flush=True)
-
-    on_models = [part for part in MODEL_PARTS if part in results]
-    for layers in setting.layers if on_models else ():
+    on_models = [part for part in MODEL_PARTS if part in possible]
+    for layers in setting.layers:
         chosen = on_models if layers == min(setting.layers) else [p for p in on_models if p == "models"]
         if chosen:
             with models(setting, layers) as (llama, folders):
                 for part in chosen:
-                    keep(part, measured_on_models(part, setting, llama, folders))
-    for part in [part for part in results if part not in MODEL_PARTS]:
-        keep(part, measured(part, setting))
-    return results
+                    yield from ((part, row) for row in measured_on_models(part, setting, llama, folders))
+    for part in possible:
+        if part not in MODEL_PARTS:
+            yield from ((part, row) for row in measured(part, setting))
 
 
 KEYS = {
@@ -454,16 +460,14 @@ KEYS = {
 }
 
 
-def save(results: dict[str, list[Row]], about: dict[str, Any], folder: Path) -> Path:
-    """Adds rows to the file of a machine; a row replaces the one of the same case."""
+def save(part: str, row: Row, about: dict[str, Any], folder: Path) -> Path:
+    """Adds a row to the file of a machine, where it replaces the row of the same case."""
     label = f"{about['gpu'] or about['cpu']} {about['cores']} cores"
     path = folder / f"{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    for part, rows in results.items():
-        merged = {tuple(row[key] for key in KEYS[part]): row for row in content.get(part, [])}
-        for row in rows:
-            merged[tuple(row[key] for key in KEYS[part])] = {**row, "machine": about}
-        content[part] = list(merged.values())
+    rows = {tuple(known[key] for key in KEYS[part]): known for known in content.get(part, [])}
+    rows[tuple(row[key] for key in KEYS[part])] = {**row, "machine": about}
+    content[part] = list(rows.values())
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
@@ -497,8 +501,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--repeats must be at least 1, got {chosen.repeats}")
     if chosen.many < 3:
         parser.error(f"--many must be at least 3, got {chosen.many}")
+    for budget in chosen.budgets:
+        megabytes(budget)
+    if chosen.mergekit and not shutil.which(chosen.mergekit):
+        parser.error(f"--mergekit must be a command, got {chosen.mergekit}")
     if chosen.device and not has_option("--device"):
         parser.error("`dirmerge merge` has no option --device")
+    about = machine.describe("cuda" if str(chosen.device).startswith("cuda") else "cpu")
+    written = chosen.results.with_suffix(".md")
     with tempfile.TemporaryDirectory(prefix="dirmerge-throughput-", dir=chosen.folder) as folder:
         setting = Setting(
             folder=Path(folder),
@@ -512,12 +522,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             many=chosen.many,
             cover=tuple(chosen.cover),
         )
-        results = run(chosen.parts, setting)
-    about = machine.describe("cuda" if str(chosen.device).startswith("cuda") else "cpu")
-    path = save(results, about, chosen.results)
-    written = chosen.results.with_suffix(".md")
-    written.write_text(page(chosen.results))
-    print(f"{path} and {written} written")
+        for part, row in run(chosen.parts, setting):
+            print(f"{part}: {json.dumps(row)}", flush=True)
+            save(part, row, about, chosen.results)
+            written.write_text(page(chosen.results))
+    print(f"{written} written")
 
 
 if __name__ == "__main__":
