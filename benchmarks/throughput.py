@@ -70,7 +70,8 @@ pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ, file_actions=redire
 _, status, usage = os.wait4(pid, 0)
 elapsed = time.perf_counter() - start
 unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps([elapsed, usage.ru_maxrss * unit / 1e6, os.waitstatus_to_exitcode(status)]))
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([elapsed, cpu, usage.ru_maxrss * unit / 1e6, os.waitstatus_to_exitcode(status)]))
 """
 
 
@@ -90,9 +91,10 @@ class CommandError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took: seconds of wall time, peak resident megabytes (10⁶ bytes)."""
+    """What a command took: seconds of wall time, of CPU time, and peak resident megabytes (10⁶ bytes)."""
 
     seconds: float
+    cpu_s: float
     peak_mb: float
 
 
@@ -133,11 +135,11 @@ def run_command(arguments: Sequence[str | Path], log: Path) -> Usage:
     """
     command = [sys.executable, "-S", "-E", "-c", _MEASURE, str(log), *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    elapsed, peak, code = json.loads(done.stdout)
+    elapsed, cpu, peak, code = json.loads(done.stdout)
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise CommandError(arguments, code, tail)
-    return Usage(elapsed, peak)
+    return Usage(elapsed, cpu, peak)
 
 
 def merge_command(setting: Setting, recipe: Path, out: Path, *options: str) -> list[str | Path]:
@@ -168,8 +170,12 @@ def measure(command: Callable[[], Usage], out: Path) -> Usage:
 
 
 def medians(usages: Sequence[Usage]) -> Usage:
-    """The median time, and the largest peak."""
-    return Usage(statistics.median(u.seconds for u in usages), max(u.peak_mb for u in usages))
+    """The median times, and the largest peak."""
+    return Usage(
+        statistics.median(usage.seconds for usage in usages),
+        statistics.median(usage.cpu_s for usage in usages),
+        max(usage.peak_mb for usage in usages),
+    )
 
 
 def files_in(folders: Sequence[Path]) -> list[Path]:
@@ -221,6 +227,7 @@ def against_copy(
         "cat_s": cat.seconds,
         "cp_s": cp.seconds,
         "seconds": merge.seconds,
+        "cpu_s": merge.cpu_s,
         "ratio": merge.seconds / (cat.seconds + cp.seconds),
         "peak_mb": merge.peak_mb,
         "error": error,
@@ -283,7 +290,9 @@ def mergekit_row(setting: Setting, llama: Llama, folders: Sequence[Path], method
         "layers": llama.layers,
         "parameters": llama.parameters,
         "seconds": merge.seconds,
+        "cpu_s": merge.cpu_s,
         "mergekit_s": mergekit.seconds,
+        "mergekit_cpu_s": mergekit.cpu_s,
         "faster": mergekit.seconds / merge.seconds,
         "peak_mb": merge.peak_mb,
         "mergekit_mb": mergekit.peak_mb,
@@ -309,7 +318,13 @@ def memory_row(setting: Setting, llama: Llama, folders: Sequence[Path], method: 
     synthetic.check_models(method, folders, out)
     shutil.rmtree(out)
     limit = megabytes(budget)
-    return {**row, "seconds": usage.seconds, "peak_mb": usage.peak_mb, "budget_mb": limit}
+    return {
+        **row,
+        "seconds": usage.seconds,
+        "cpu_s": usage.cpu_s,
+        "peak_mb": usage.peak_mb,
+        "budget_mb": limit,
+    }
 
 
 def megabytes(budget: str) -> float:
@@ -357,6 +372,7 @@ def many_rows(setting: Setting) -> list[Row]:
             "start_s": start.seconds,
             "two_models_s": merge_of_two.seconds,
             "seconds": merge.seconds,
+            "cpu_s": merge.cpu_s,
             "per_model_s": (merge.seconds - merge_of_two.seconds) / (setting.many - 2),
             "peak_mb": merge.peak_mb,
             "error": error,
