@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -546,4 +547,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # An exit removes the temporary folder, gigabytes of it; the default of SIGTERM would leave it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()
