@@ -169,6 +169,8 @@ def page(folder: Path = RESULTS) -> str:
         "time where so named: on a busy machine they differ. Peaks are of resident memory.",
         "",
     ]
+    if not files:
+        lines += ["**Nothing is measured yet.**"]
     for part, section in SECTIONS.items():
         by_machine: dict[str, list[list[str]]] = {}
         for row in (row for content in files for row in content.get(part, [])):
