@@ -188,7 +188,8 @@ def page(folder: Path = RESULTS) -> str:
         "",
         "Written by `python -m benchmarks.report` from the JSON beside it; nothing here is estimated. What",
         "is predicted for GPUs is in [roofline.md](roofline.md), the resources and numeric errors of the",
-        "kernels in [kernels.md](kernels.md), the merges of real models in [tasks.md](tasks.md).",
+        "kernels in [kernels.md](kernels.md), the merges of real models in [tasks.md](tasks.md), whole",
+        "commands against `cat` and `cp` in [throughput.md](throughput.md).",
         "",
     ]
     if "cuda" not in runs:

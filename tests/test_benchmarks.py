@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import gzip
 import hashlib
+import json
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 import dirmerge
-from benchmarks import competitors, inputs, report, roofline
+from benchmarks import competitors, inputs, report, roofline, synthetic, throughput, throughput_page
 from benchmarks.shapes import BLOCKS, FAMILIES, LAYERS, MODELS, TASKS
 from benchmarks.tasks import debian
 from dirmerge import ops
@@ -211,6 +213,149 @@ class TestCompetitors:
 def test_every_family_has_layers_and_blocks() -> None:
     assert {layer.family for layer in LAYERS} == set(MODELS) == set(BLOCKS) == set(FAMILIES) - {"adapters"}
     assert TASKS == 8
+
+
+TINY = synthetic.Llama(2, hidden=40, intermediate=56, vocabulary=70)
+
+
+@pytest.fixture
+def tiny_models(tmp_path: Path) -> list[Path]:
+    """A base and three fine-tunes."""
+    return synthetic.write_models(tmp_path / "models", TINY, 3)
+
+
+class TestSynthetic:
+    """The checks that precede every time: a right merge passes, a wrong one does not."""
+
+    @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "average"])
+    def test_a_wrong_model_is_refused(self, method: str, tiny_models: list[Path], tmp_path: Path) -> None:
+        recipe = synthetic.write_recipe(tmp_path / "recipe.yml", method, tiny_models[0], tiny_models[1:])
+        out = tmp_path / "out"
+        dirmerge.merge(recipe, out)
+        assert 0 < synthetic.check_models(method, tiny_models, out) <= 1
+        wrong = json.loads(recipe.read_text())
+        wrong["parameters"] = {**wrong.get("parameters", {}), "lambda": 0.41}
+        wrong_out = tmp_path / "wrong"
+        dirmerge.merge(wrong, wrong_out)
+        with pytest.raises(SystemExit, match="roundings from the formula"):
+            synthetic.check_models(method, tiny_models, wrong_out)
+
+    def test_a_value_that_is_not_finite_is_refused(self) -> None:
+        truth = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        assert synthetic.rounding_excess(truth.bfloat16(), truth, torch.zeros(2)) == 0
+        found = torch.tensor([float("nan"), 0.0], dtype=torch.bfloat16)
+        assert synthetic.rounding_excess(found, truth, torch.zeros(2)) == float("inf")
+
+    def test_the_largest_error_is_half_a_unit_in_the_last_place(self) -> None:
+        # Halfway between 1 and the next bfloat16, 1 + 2^-7.
+        truth = torch.tensor([1 + 2.0**-8], dtype=torch.float64)
+        for value in (1.0, 1 + 2.0**-7):
+            found = torch.tensor([value], dtype=torch.bfloat16)
+            assert synthetic.rounding_excess(found, truth, torch.zeros(1)) == 1
+        found = torch.tensor([1 + 2.0**-6], dtype=torch.bfloat16)
+        assert synthetic.rounding_excess(found, truth, torch.zeros(1)) == 3
+
+    def test_a_wrong_adapter_is_refused(self, tmp_path: Path) -> None:
+        folders = synthetic.write_adapters(tmp_path, TINY, 3)
+        recipe = synthetic.write_recipe(tmp_path / "recipe.yml", "task_arithmetic", None, folders)
+        out = tmp_path / "out"
+        dirmerge.merge(recipe, out, as_adapter=True)
+        assert 0 < synthetic.check_adapter(folders, out) < 2**-7
+        with pytest.raises(SystemExit, match="from the sum in float64"):
+            synthetic.check_adapter(folders[:2], out)
+
+    def test_the_threshold_keeps_the_stated_share(self) -> None:
+        delta = torch.tensor([[3.0, -5.0, 1.0], [0.5, 4.0, -2.0]], dtype=torch.float64)
+        assert [synthetic.ties_threshold(delta.clone(), density) for density in (0.01, 0.5, 1)] == [5, 3, 0.5]
+
+    def test_difference(self, tiny_models: list[Path]) -> None:
+        base, one, other, _ = tiny_models
+        assert synthetic.difference(base, one, one) == 0
+        # Two independent updates of one size are √2 of it apart.
+        assert synthetic.difference(base, one, other) == pytest.approx(2**0.5, rel=0.05)
+
+    def test_the_sizes_of_the_models(self) -> None:
+        # Tied embeddings of 32000 · 2048; a layer: 4 · 2048² + 3 · 2048 · 5632 and two norms; the last norm.
+        layer = 4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048
+        assert synthetic.Llama(8).parameters == 32000 * 2048 + 8 * layer + 2048
+
+
+class TestThroughput:
+    """The script of whole commands, on tiny inputs; no time is judged."""
+
+    def test_a_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(throughput, "METHODS", ("ties",))
+        results = tmp_path / "results"
+        llama = ["--layers", "1", "--hidden", "40", "--intermediate", "56", "--vocabulary", "70"]
+        sizes = [*llama, "--many", "3", "--cover", "64"]
+        places = ["--folder", str(tmp_path), "--results", str(results)]
+        throughput.main(["--parts", "models", "mergekit", "many", "cover", "--repeats", "1", *sizes, *places])
+        (file,) = results.glob("*.json")
+        content = json.loads(file.read_text())
+        assert {part: len(rows) for part, rows in content.items()} == {"models": 1, "many": 1, "cover": 1}
+        (row,) = content["models"]
+        assert row["ratio"] == row["seconds"] / (row["cat_s"] + row["cp_s"])
+        assert row["must"] is None  # goals are for the sizes that they name
+        page = (tmp_path / "results.md").read_text()
+        assert page == throughput_page.page(results)
+        assert page.count("\n## ") == 3
+        assert "mergekit: skipped: give the command with --mergekit" in capsys.readouterr().out
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "results.md"]
+
+    def test_the_peak_is_of_the_command_alone(self, tmp_path: Path) -> None:
+        block = torch.ones(50 << 20)  # 210 MB in this process
+        assert throughput.run_command(["true"], tmp_path / "log").peak_mb < 50 < block.nbytes / 1e6
+        script = "x = b'1' * 100_000_000"
+        usage = throughput.run_command([sys.executable, "-c", script], tmp_path / "log")
+        assert 100 < usage.peak_mb < 150
+
+    def test_a_command_that_fails_shows_its_output(self, tmp_path: Path) -> None:
+        with pytest.raises(throughput.CommandError, match=r"exited with 3:\nno such model") as caught:
+            throughput.run_command(["sh", "-c", "echo no such model >&2; exit 3"], tmp_path / "log")
+        assert caught.value.output == "no such model"
+
+    def test_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: list[Path]) -> None:
+        monkeypatch.setattr(throughput, "has_option", lambda option: False)
+        setting = throughput.Setting(tmp_path, 1, TINY, (2,), None, ("1GB",), None, TINY, 3, (32,))
+        assert throughput.skipped("memory", setting) == "`dirmerge merge` has no option --memory"
+
+        def fail(output: str) -> None:
+            def run_command(arguments: list[str], log: Path) -> throughput.Usage:
+                raise throughput.CommandError(arguments, 3, output)
+
+            monkeypatch.setattr(throughput, "run_command", run_command)
+
+        fail("dirmerge: --memory must be\n  at least 2 GB")
+        row = throughput.memory_row(setting, TINY, tiny_models, "ties", "1GB")
+        assert row["refused"] == "dirmerge: --memory must be at least 2 GB"
+        fail("dirmerge: no such file")
+        with pytest.raises(throughput.CommandError):
+            throughput.memory_row(setting, TINY, tiny_models, "ties", "1GB")
+
+    @pytest.mark.parametrize(("text", "megabytes"), [("500MB", 500), ("1.5gb", 1500), ("250 KB", 0.25)])
+    def test_megabytes(self, text: str, megabytes: float) -> None:
+        assert throughput.megabytes(text) == megabytes
+
+    def test_a_row_replaces_its_case_and_machines_have_tables_of_their_own(self, tmp_path: Path) -> None:
+        about = run()["machine_info"]["dirmerge"]
+        row = {"method": "ties", "layers": 8, "parameters": 10**9, "budget": "1GB", "seconds": 1.0}
+        row |= {"peak_mb": 900.0, "budget_mb": 1000.0}
+        throughput.save("memory", row, about, tmp_path)
+        throughput.save("memory", {**row, "peak_mb": 1100.0}, about, tmp_path)
+        throughput.save("memory", {**row, "budget": "2GB", "refused": "too small"}, about, tmp_path)
+        throughput.save("memory", row, {**about, "cores": 64}, tmp_path)
+        tables = throughput_page.page(tmp_path).split("\nOn ")[1:]
+        assert [len(re.findall(r"^\| ties", text, re.MULTILINE)) for text in tables] == [2, 1]
+        assert "| ties | 1.00 G | 1GB | 1100 MB | 1 s | **missed** |" in tables[0]
+        assert "| ties | 1.00 G | 2GB |  |  | refused: too small |" in tables[0]
+        assert "64 cores" in tables[1]
+        assert "| 900 MB | 1 s | met |" in tables[1]
+
+    def test_the_page_is_what_the_script_writes(self) -> None:
+        written = throughput_page.RESULTS.with_suffix(".md").read_text()
+        assert written == throughput_page.page(), "python -m benchmarks.throughput"
 
 
 def xdr_string(text: str | None, flags: int = 0x40009) -> bytes:
