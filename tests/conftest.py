@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shadow import Shadow, guard
 
 import dirmerge.ops  # noqa: F401  fills the backend table
 from dirmerge import backends
@@ -31,6 +33,18 @@ def _skip_if_missing(name: str) -> None:
     info = backends.native_build_info()
     if name == "native" and isinstance(info, str):
         pytest.skip(info)
+
+
+@pytest.fixture(scope="session")
+def shadow_gpu() -> type[Shadow]:
+    """The class Shadow, once its guard is built; required in CI, skipped with the reason elsewhere."""
+    try:
+        guard.load()
+    except guard.GuardError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    return Shadow
 
 
 @pytest.fixture(params=["torch", "native"])

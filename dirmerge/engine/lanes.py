@@ -348,7 +348,7 @@ class DeviceLane:
         if id(job) not in self._dropped:
             values: list[Tensor] = self._workers.result(job)
             with torch.cuda.stream(self._in):
-                tensors = [torch.empty_like(value, device=self.device) for value in values]
+                tensors = [torch.empty(v.shape, dtype=v.dtype, device=self.device) for v in values]
                 for tensor, value in zip(tensors, values, strict=True):
                     tensor.copy_(value, non_blocking=True)
                 copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,0 +1,64 @@
+"""The launch log: what ran on a shadow device, with shapes, FLOPs and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+# Matrix factorisations: what a GPU leaves to its solver library, and waits for.
+FACTORISATIONS = (
+    "linalg_qr",
+    "geqrf",
+    "linalg_householder_product",
+    "linalg_svd",
+    "linalg_eigh",
+    "linalg_eig",
+    "linalg_cholesky",
+    "cholesky",
+    "linalg_lu",
+    "linalg_solve",
+    "linalg_inv",
+    "linalg_ldl",
+    "linalg_lstsq",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation on a device.
+
+    Attributes:
+        op: its name in torch, without the namespace.
+        device: number of the device.
+        shapes: of its tensors, inputs first.
+        dtypes: of the same tensors.
+        flops: of the products that torch counts; 0 for all else.
+        nbytes: of all its tensors.
+        where: file and line of dirmerge that asked for it.
+    """
+
+    op: str
+    device: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    flops: int
+    nbytes: int
+    where: str
+
+    @property
+    def factorisation(self) -> int:
+        """The smaller side of the matrix it factorises; 0 for all else."""
+        name = self.op.removeprefix("_")
+        if not name.startswith(FACTORISATIONS) or not self.shapes or len(self.shapes[0]) < 2:
+            return 0
+        return min(self.shapes[0][-2:])
+
+
+def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """Returns the FLOPs of a product, as torch's own counter has them; 0 for all else."""
+    counter = flop_registry.get(func.overloadpacket)
+    return 0 if counter is None else int(counter(*args, **kwargs, out_val=out))
