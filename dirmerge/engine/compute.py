@@ -147,12 +147,12 @@ class Budget:
             RecipeError: the limit is too small; says which is the smallest that is enough.
         """
         on_cpu = compute.on_cpu
-        host_work = largest if on_cpu else 0
-        device_free = _free(compute.device) if not on_cpu else 0
+        free = 0 if on_cpu else _free(compute.device)
         if compute.memory is None:
-            half = max(0, device_free - DEVICE_RESERVE - largest) // 2
-            return cls(AHEAD, BEHIND, 0, half, half)
-        least = used + host_work + 2 * smallest_ahead
+            spare = max(0, free - DEVICE_RESERVE - largest - BEHIND)
+            return cls(AHEAD, BEHIND, 0, spare // 4, spare // 2)
+        work = largest if on_cpu else 0
+        least = used + work + 2 * smallest_ahead
         least_device = 0 if on_cpu else largest + 2 * smallest_ahead
         if compute.memory < max(least, least_device):
             raise RecipeError(
@@ -160,12 +160,14 @@ class Budget:
                 f"{max(least, least_device)} ({used} of the process itself, {largest} for its largest "
                 f"tensor, {2 * smallest_ahead} to read and write)"
             )
-        spare = compute.memory - used - host_work
+        spare = compute.memory - used - work
         ahead = max(smallest_ahead, min(spare // 2, 4 * AHEAD))
         behind = max(smallest_ahead, min(spare // 4, 4 * BEHIND))
+        # On a device also the rows in the making and the results on their way back take their share.
+        behind = behind if on_cpu else min(behind, (compute.memory - largest) // 4)
+        device_spare = 0 if on_cpu else max(0, min(compute.memory, free) - largest - behind)
         waiting = max(0, spare - ahead - behind)
-        device_spare = max(0, min(compute.memory, device_free or compute.memory) - largest)
-        return cls(ahead, behind, waiting, device_spare // 2, device_spare // 2)
+        return cls(ahead, behind, waiting, device_spare // 4, device_spare // 2)
 
     def waiting_on(self, devices: Sequence[torch.device]) -> dict[torch.device, int]:
         """Returns the bytes of updates that may wait on each device and in the host's memory."""

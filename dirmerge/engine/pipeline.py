@@ -205,7 +205,8 @@ class _Merge:
         loads = [0.0] * len(self.lanes)
         items: list[Item | None] = []
         for tensor in tensors:
-            chosen = loads.index(min(loads))
+            held = [i for i, lane in enumerate(self.lanes) if self.waiting.device_of(tensor) == lane.device]
+            chosen = held[0] if held else loads.index(min(loads))
             loads[chosen] += _work(tensor)
             items.append(self._item(tensor, self.lanes[chosen], scale))
         self.workers.feed(_jobs(deque(item for item in items if item)))
@@ -296,7 +297,7 @@ class _Merge:
             else:
                 lane.write_rows(self._waiting_rows(tensor, lane, item.work, record.scale))
         else:
-            for found, base in self._merged(item):
+            for found, base in self._merged(item, base=self.plan.output == "model"):
                 assert record.scale is not None  # not to be found, so it is known
                 extend(record, found)
                 if tensor.module is not None:
@@ -306,24 +307,24 @@ class _Merge:
                     updates = {found.work.index: lambda value=value: value}
                     lane.write_rows(UpdatedRows(self.reader, tensor, updates, record.scale, base))
 
-    def _merged(self, item: Item) -> Iterator[tuple[MergedMatrix, Tensor | None]]:
-        """Merges the matrices of an item one by one; with each comes its base, where that was read."""
+    def _merged(self, item: Item, *, base: bool) -> Iterator[tuple[MergedMatrix, Tensor | None]]:
+        """Merges the matrices of an item one by one; with each comes its base, where it is asked for."""
         tensor, lane = item.tensor, item.lane
         for work, jobs in zip(item.work, item.jobs, strict=True):
             feed = self._open(lane, jobs)
             reader = DeltaReader(self.reader.inputs, feed.read)
             (found,) = merge_matrices([work], reader, lane.device)
-            base = None
-            if tensor.in_base and self.plan.output == "model":
-                base = feed.fetch(self.reader, self.reader.base_read(tensor.name, *work.rows))
+            weights = None
+            if base:
+                weights = feed.fetch(self.reader, self.reader.base_read(tensor.name, *work.rows))
             feed.close()
-            yield found, base
-            del found, base
+            yield found, weights
+            del found, weights
 
     def _merge_aside(self, item: Item, record: TensorRecord) -> AlignmentTerms:
         """Merges a tensor, lets its updates wait and returns the terms of its alignment."""
         terms = []
-        for found, _ in self._merged(item):
+        for found, _ in self._merged(item, base=False):
             extend(record, found)
             terms.append(found.terms)
             self.waiting.put(found.work.name, smaller(found.merged))

@@ -20,11 +20,7 @@ from dirmerge.engine.sinks import MemorySink, Sink
 from dirmerge.errors import MismatchError, NonFiniteError
 from dirmerge.methods.registry import RowForm
 from dirmerge.planning import Plan, Source, TensorPlan
-from dirmerge.planning.plan import CHUNK_BYTES
-
-# A method that needs whole tensors before it can make a row reads all of them at once up to this size, and
-# beyond it one fine-tune at a time, and all once more by rows.
-WHOLE_BYTES = 256 << 20
+from dirmerge.planning.plan import CHUNK_BYTES, WHOLE_BYTES
 
 Update = Tensor | LowRank
 Rows = tuple[int | None, int | None]

@@ -13,6 +13,7 @@ from torch import Tensor
 from dirmerge.checkpoints.spool import Spool
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
+from dirmerge.planning import TensorPlan
 
 
 class WaitingUpdates:
@@ -43,6 +44,11 @@ class WaitingUpdates:
 
     def __contains__(self, name: object) -> bool:
         return name in self._held or (self._spool is not None and name in self._spool)
+
+    def device_of(self, tensor: TensorPlan) -> torch.device | None:
+        """Returns the device on which the update of a tensor waits, of a stack that of its first matrix."""
+        update = self._held.get(tensor.name, self._held.get(f"{tensor.name}[0]"))
+        return None if update is None else update.device
 
     def put(self, name: str, update: Tensor | LowRank) -> None:
         """Lets an update wait.

@@ -21,6 +21,10 @@ from dirmerge.recipe import Setting, parse_setting
 CHUNK_BYTES = 16 << 20
 """Rows are read, made and written in chunks of about this size in float32: a few fit a CPU's cache."""
 
+WHOLE_BYTES = 128 << 20
+"""A method that needs whole tensors before it can make a row reads all of them at once up to this size, and
+beyond it one fine-tune at a time, and all once more by rows."""
+
 Rule = Literal["merge", "mean", "base", "take", "common_rows", "identical", "tied", "drop"]
 
 

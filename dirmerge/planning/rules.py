@@ -17,6 +17,7 @@ from dirmerge.planning.matching import Matching, Shape
 from dirmerge.planning.names import is_expert_stack, is_table, layer_depths
 from dirmerge.planning.plan import (
     CHUNK_BYTES,
+    WHOLE_BYTES,
     InputPlan,
     Plan,
     Rule,
@@ -305,6 +306,17 @@ class OutputPlanner:
             (source.dtype.itemsize for source in draft.sources if source.dtype is not None), default=0
         )
         peak += math.prod(matrix) * (loaded + 2 * draft.dtype.itemsize)
+        notes = list(draft.notes)
+        by_rows = value is not None and self.method.rows is not None and draft.in_base
+        if by_rows and all(source.module is None for source in active) and self.method.rows is not None:
+            peak = _mean_bytes(draft)
+            if self.method.rows.threshold is not None and self.method.rows.threshold(options) is not None:
+                stored = draft.numel * (loaded or draft.dtype.itemsize)
+                whole = (len(active) + 1) * stored
+                if whole > WHOLE_BYTES:
+                    notes.append("is read twice: it is too large to be held for all models at once")
+                # Beside the weights one difference, and what its selection needs.
+                peak += min(whole, max(WHOLE_BYTES, 2 * stored)) + 12 * draft.numel
         return self.finish(
             replace(
                 draft,
@@ -317,6 +329,7 @@ class OutputPlanner:
                 slices=slices,
                 flops=flops * (slices or 1),
                 peak_bytes=peak,
+                notes=tuple(notes),
             )
         )
 

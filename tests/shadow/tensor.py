@@ -226,6 +226,7 @@ def _copy(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
         if from_gpu and source.allocation.device != device:
             # A copy between devices waits for the current streams of both.
             other = gpu.current(source.allocation.device)
+            other.tick()
             stream.clock |= other.clock
             other.clock |= stream.clock
         if target is None:
@@ -234,7 +235,8 @@ def _copy(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
             target.data_on_cpu.copy_(value)
         position = stream.tick()
         if from_gpu:
-            source.allocation.touched(stream, position, written=False)
+            reading = gpu.current(source.allocation.device)
+            source.allocation.touched(reading, reading.clock[id(reading)], written=False)
         target.allocation.touched(stream, position, written=True)
         nbytes = value.numel() * value.element_size()
         if from_gpu:
