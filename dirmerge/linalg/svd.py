@@ -27,6 +27,22 @@ GRAM_FROM = 192
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
 # singular values down to 1/50. Below, the Gram matrix and its eigenvectors are computed in float64.
 GRAM_SINGLE_RATIO = 4e-4
+# Above this width, relative to min(m, n), LAPACK's SVD of the whole is as fast as the float64 Gram matrix and
+# the SVD of a projection.
+RITZ_UP_TO = 0.6
+# A matrix is headed where its energy would fill fewer equal directions than this part of min(m, n). A
+# Gaussian matrix fills half of them if square, more if not.
+HEADED = 0.25
+# Directions that a head is looked for in, power iterations for it, and how far above the last of them a
+# direction must stand to belong to it.
+HEAD, HEAD_ITERATIONS, HEAD_GAP = 64, 8, 3.0
+# Steps of first order that are made at most.
+TURNS = 3
+# Tangent up to which a pair of columns is turned though its product is at the level of rounding.
+TURN_NEAR = 0.05
+# What a step must reach: norm of vᵀv − I, of which the correction leaves the square; largest entry of
+# uᵀu − I; and the error of u diag(s) vᵀ, relative to its norm, before u is made orthonormal.
+TURN_SKEW, TURN_OFF, TURN_ERROR = 2e-3, 2e-5, 3e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +166,9 @@ def svd_truncated(
     rank = min(rank, p)
     is_small = p <= EXACT_UP_TO or rank + OVERSAMPLING > 0.6 * p
     if method == "exact" or (method == "auto" and is_small) or rank == 0:
-        width = rank + max(OVERSAMPLING, rank // 2)
-        if p < GRAM_FROM or a.dtype != torch.float32 or width > 0.6 * p or 0 in a.shape:
+        if p < max(GRAM_FROM, HEAD) or a.dtype != torch.float32 or rank > 0.6 * p or 0 in a.shape:
             return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
-        tall = _svd_gram(a if m >= n else a.mT, rank, width)
+        tall = _svd_gram(a if m >= n else a.mT, rank)
     else:
         tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
     if m >= n:
@@ -188,28 +203,123 @@ def _gram(a: Tensor | MatrixLike, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.gram(dtype)
 
 
-def _svd_gram(a: Tensor | MatrixLike, rank: int, width: int) -> TruncatedSVD:
+def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
     """The exact form for m >= n.
 
-    The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. The
-    Rayleigh–Ritz step on a takes that out among the `width` directions it works on, so that what is left is
-    the error against directions well below the kept ones.
+    The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. Two
+    steps take the error out: a few much larger directions are weighted down first, and the eigenvectors are
+    then turned until a v has orthogonal columns. Where that does not suffice, the Gram matrix is computed in
+    float64.
     """
+    n = a.shape[-1]
     gram, total = _gram(a, torch.float32)
     if not bool(((total > 1e-20) & (total < 1e20)).all()):
         # Squares of such entries leave float32, and zero has no directions: LAPACK scales.
         return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    # (Σ s²)² / Σ s⁴: how many equal directions would have this much spread.
+    directions = total.square() / gram.double().square().sum((-2, -1))
+    if bool((directions < HEADED * n).any()):
+        gram = _without_head(a if isinstance(a, Tensor) else a.dense(), gram)
     values, vectors = eigh(gram)
-    if not bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
-        del vectors
-        gram, total = _gram(a, torch.float64)
-        values, vectors = eigh(gram)
     del gram
-    block = vectors[..., -width:].to(torch.float32).flip(-1)
-    del vectors
+    if bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
+        triplets = _turned(a, vectors[..., -_turn_width(n, rank) :].flip(-1), rank)
+        if triplets is not None:
+            return TruncatedSVD(*triplets, total, "exact", 0, torch.zeros_like(total))
+    del values, vectors
+    width = rank + max(OVERSAMPLING, rank // 2)
+    if width > RITZ_UP_TO * n:
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    gram, total = _gram(a, torch.float64)
+    block = eigh(gram)[1][..., -width:].to(torch.float32).flip(-1)
+    del gram
     q, _ = orthonormal(a @ block)
     u, s, v = _triplets(q, a.mT @ q, rank)
     return TruncatedSVD(u, s, v, total, "exact", 0, torch.zeros_like(total))
+
+
+def _turn_width(n: int, rank: int) -> int:
+    """The directions that take part when `rank` of n are turned: all, or half as many again."""
+    return n if 3 * rank >= n else rank + max(OVERSAMPLING, rank // 2)
+
+
+def _without_head(a: Tensor, gram: Tensor) -> Tensor:
+    """Returns the Gram matrix of a with less weight on directions far above the rest.
+
+    The directions stay eigenvectors, and the first ones in the same order. The rounding of the product is
+    then relative to the rest instead of to s_1².
+    """
+    n = gram.shape[-1]
+    x = random_signs(n, HEAD, 0, dtype=gram.dtype, device=gram.device)
+    for _ in range(HEAD_ITERATIONS):
+        x, _ = orthonormal(gram @ x)
+    values, w = eigh(x.mT @ (gram @ x))
+    limit = torch.maximum(HEAD_GAP**2 * values[..., :1], GRAM_SINGLE_RATIO * values[..., -1:])
+    q = (x @ w) * (values > limit).unsqueeze(-2)
+    rest = a - (a @ q) @ q.mT
+    weights = limit * torch.linspace(1.25, 2, HEAD, dtype=gram.dtype, device=gram.device)
+    return ops.gram(rest) + (q * weights.unsqueeze(-2)) @ q.mT
+
+
+def _turned(a: Tensor | MatrixLike, v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The leading triplets from approximate right singular vectors v (n, w), of which the first are kept.
+
+    Jacobi's rotations, of all pairs at once and to first order, make the kept columns of a v orthogonal to
+    all others.
+
+    Returns:
+        (u, s, v), or None where the columns of a v are not orthogonal to rounding after three steps.
+
+    Source:
+        Ogita, Aishima, Japan J. Indust. Appl. Math. 35 (2018) (the same step for symmetric matrices).
+    """
+    y = a @ v
+    kept_v, kept = v[..., :rank], y[..., :rank]
+    products, squares = y.mT @ kept, y.square().sum(-2)
+    for _ in range(TURNS):
+        turn = _pairwise_turn(products, squares)
+        kept_v, kept = kept_v + v @ turn, kept + y @ turn
+        norms = torch.linalg.vector_norm(kept_v, dim=-2, keepdim=True)
+        kept_v, kept = kept_v / norms, kept / norms
+        error = _deviation(kept_v)
+        is_orthogonal = torch.linalg.matrix_norm(error) < TURN_SKEW
+        v, y = kept_v - kept_v @ (error / 2), kept - kept @ (error / 2)
+        s = torch.linalg.vector_norm(y, dim=-2)
+        u = y / s.unsqueeze(-2)
+        error = _deviation(u)
+        off = torch.linalg.matrix_norm(error * s.unsqueeze(-2)) / torch.linalg.vector_norm(s, dim=-1)
+        is_orthogonal &= (error.abs().amax((-2, -1)) < TURN_OFF) & (off < TURN_ERROR)
+        if bool(is_orthogonal.all()):
+            u = u - u @ (error / 2)
+            s, order = s.sort(dim=-1, descending=True)
+            order = order.unsqueeze(-2)
+            return u.take_along_dim(order, -1), s, v.take_along_dim(order, -1)
+        # What a step leaves is of second order; among the kept columns alone, the next one costs less.
+        kept_v, kept = v, y
+        products, squares = error * s.unsqueeze(-1) * s.unsqueeze(-2), s.square()
+    return None
+
+
+def _pairwise_turn(products: Tensor, squares: Tensor) -> Tensor:
+    """The tangents that rotate pairs of columns, of given products (w, r) and squared norms (w), apart."""
+    w, r = products.shape[-2:]
+    gap = squares[..., None, :r] - squares[..., :, None]
+    ahead = torch.ones(w, r, dtype=torch.bool, device=gap.device).triu()
+    root = (gap.square() + 4 * products.square()).sqrt()
+    turn = 2 * products / torch.where((gap < 0) | ((gap == 0) & ahead), gap - root, gap + root)
+    # Between columns of nearly the same norm that are orthogonal to rounding, any turn is as good as none.
+    scale = (squares[..., :, None] * squares[..., None, :r]).sqrt()
+    is_needed = (turn.abs() < TURN_NEAR) | (products.abs() > TURN_OFF / 4 * scale)
+    turn = torch.where(is_needed, turn, torch.zeros_like(turn))
+    turn.diagonal(dim1=-2, dim2=-1).zero_()
+    return turn
+
+
+def _deviation(q: Tensor) -> Tensor:
+    """Computes qᵀq − I."""
+    error = ops.gram(q)
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return error
 
 
 def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
