@@ -35,14 +35,14 @@ RITZ_UP_TO = 0.6
 HEADED = 0.25
 # Directions that a head is looked for in, power iterations for it, and how far above the last of them a
 # direction must stand to belong to it.
-HEAD, HEAD_ITERATIONS, HEAD_GAP = 64, 8, 3.0
+HEAD, HEAD_ITERATIONS, HEAD_GAP = 64, 6, 3.0
 # Steps of first order that are made at most.
 TURNS = 3
 # Tangent up to which a pair of columns is turned though its product is at the level of rounding.
 TURN_NEAR = 0.05
-# What a step must reach: norm of vᵀv − I, of which the correction leaves the square; largest entry of
+# What a step must reach: norm of vᵀv − I, of which the correction leaves the cube; largest entry of
 # uᵀu − I; and the error of u diag(s) vᵀ, relative to its norm, before u is made orthonormal.
-TURN_SKEW, TURN_OFF, TURN_ERROR = 2e-3, 2e-5, 3e-6
+TURN_SKEW, TURN_OFF, TURN_ERROR = 1e-2, 2e-5, 3e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,20 +283,24 @@ def _turned(a: Tensor | MatrixLike, v: Tensor, rank: int) -> tuple[Tensor, Tenso
         kept_v, kept = kept_v / norms, kept / norms
         error = _deviation(kept_v)
         is_orthogonal = torch.linalg.matrix_norm(error) < TURN_SKEW
-        v, y = kept_v - kept_v @ (error / 2), kept - kept @ (error / 2)
+        polish = error / 2 - 0.375 * (error @ error)
+        v, y = kept_v - kept_v @ polish, kept - kept @ polish
         s = torch.linalg.vector_norm(y, dim=-2)
         u = y / s.unsqueeze(-2)
         error = _deviation(u)
-        off = torch.linalg.matrix_norm(error * s.unsqueeze(-2)) / torch.linalg.vector_norm(s, dim=-1)
+        # Of two columns the one with the smaller singular value gives way, which changes the product least.
+        squares = s.square()
+        polish = error * squares.unsqueeze(-1) / (squares.unsqueeze(-1) + squares.unsqueeze(-2))
+        off = torch.linalg.matrix_norm(polish * s.unsqueeze(-2)) / torch.linalg.vector_norm(s, dim=-1)
         is_orthogonal &= (error.abs().amax((-2, -1)) < TURN_OFF) & (off < TURN_ERROR)
         if bool(is_orthogonal.all()):
-            u = u - u @ (error / 2)
+            u = u - u @ polish
             s, order = s.sort(dim=-1, descending=True)
             order = order.unsqueeze(-2)
             return u.take_along_dim(order, -1), s, v.take_along_dim(order, -1)
         # What a step leaves is of second order; among the kept columns alone, the next one costs less.
         kept_v, kept = v, y
-        products, squares = error * s.unsqueeze(-1) * s.unsqueeze(-2), s.square()
+        products = error * s.unsqueeze(-1) * s.unsqueeze(-2)
     return None
 
 
