@@ -22,8 +22,9 @@ OVERSAMPLING = 16
 # Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
 # enough.
 MAX_POWER_ITERATIONS = 8
-# Sine of the angle of a column of the sketch to those before it, below which it counts as nearly dependent.
-DEPENDENCE = 0.05
+# Least sine of the angle of a column of the iterated sketch to those before it for which one pass of
+# CholeskyQR does, by the dtype of its Gram matrix.
+DEPENDENCE = {torch.float32: 0.05, torch.float64: 1e-3}
 # Below this min(m, n) LAPACK's SVD is as fast as the Gram form.
 GRAM_FROM = 192
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
@@ -345,23 +346,49 @@ def _svd_randomized(
         total = _energy(a)
     else:
         y, total = a.sketch(width, seed)
-    q, r = orthonormal(y)
-    # Columns that are far from dependent stay so when a is applied twice: then one basis per iteration does.
-    is_independent = bool((r.diagonal(dim1=-2, dim2=-1).abs() > DEPENDENCE * r.norm(dim=-2)).all())
+    q, precision = _basis(y, y.dtype)
     z = a.mT @ q
     captured, done = _energy(z), 0
     gain = torch.ones_like(captured)
     limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
     while done < limit:
-        basis = z if is_independent else orthonormal(z)[0]
-        q, _ = orthonormal(a @ basis)
+        # Columns far from dependent stay so when a is applied twice: then one basis per iteration does.
+        basis = orthonormal(z)[0] if precision is None else z / _size(z)
+        q, precision = _basis(a @ basis, precision)
         z = a.mT @ q
         before, captured, done = captured, _energy(z), done + 1
         gain = ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
         if power_iterations is None and bool((gain <= tolerance).all()):
             break
+    if precision is not None:
+        # The second pass of CholeskyQR, once for all iterations.
+        r = torch.linalg.cholesky(ops.gram(q)).mT
+        q, z = (torch.linalg.solve_triangular(r, x, upper=True, left=False) for x in (q, z))
     u, s, v = _triplets(q, z, rank)
     return TruncatedSVD(u, s, v, total, "randomized", done, gain)
+
+
+def _basis(y: Tensor, precision: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
+    """Computes a basis of the columns of y, and the dtype of the Gram matrix it took.
+
+    One pass of CholeskyQR in the least precision from the given one on that leaves the basis orthonormal to
+    about 1e-4; None stands for an orthonormal basis of columns that are nearly dependent.
+    """
+    for dtype, limit in DEPENDENCE.items():
+        if precision is None or (precision == torch.float64 and dtype == torch.float32):
+            continue
+        factor, info = torch.linalg.cholesky_ex(ops.gram(y.to(dtype)))
+        sines = factor.diagonal(dim1=-2, dim2=-1) / torch.linalg.vector_norm(factor, dim=-1)
+        # A norm of 0 makes a NaN, which is not above the limit either.
+        if bool(((info == 0) & (sines > limit).all(-1)).all()):
+            return torch.linalg.solve_triangular(factor.mT.to(y.dtype), y, upper=True, left=False), dtype
+    return orthonormal(y)[0], None
+
+
+def _size(x: Tensor) -> Tensor:
+    """The largest magnitude (..., 1, 1), or 1 for zeros."""
+    size = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def svd_flops(m: int, n: int, rank: int, method: SVDMethod) -> float:
