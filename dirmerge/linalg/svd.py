@@ -10,23 +10,18 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
+from dirmerge.linalg import cost
 from dirmerge.linalg._common import MatrixLike, eigh, finite, orthonormal, working
 from dirmerge.ops.delta_sketch import random_signs
 
 SVDMethod = Literal["auto", "exact", "randomized"]
 
-# Up to this min(m, n) an exact decomposition costs less than a second on two cores, so "auto" has no reason
-# to approximate.
-EXACT_UP_TO = 1024
-OVERSAMPLING = 16
 # Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
 # enough.
 MAX_POWER_ITERATIONS = 8
 # Least sine of the angle of a column of the iterated sketch to those before it for which one pass of
 # CholeskyQR does, by the dtype of its Gram matrix.
 DEPENDENCE = {torch.float32: 0.05, torch.float64: 1e-3}
-# Below this min(m, n) LAPACK's SVD is as fast as the Gram form.
-GRAM_FROM = 192
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
 # singular values down to 1/50. Below, the Gram matrix and its eigenvectors are computed in float64.
 GRAM_SINGLE_RATIO = 4e-4
@@ -132,7 +127,8 @@ def svd_truncated(
         a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a `MatrixLike` such
             as a Difference ([T,] m, n), which is multiplied as it is read.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
-        method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to
+        method: "exact", "randomized", or "auto": exact up to min(m, n) = 512, else the form that costs
+            less by measured rates (`dirmerge.linalg.cost`), the exact one where r exceeds about half of
             min(m, n).
         seed: of the sketch, from 0 to 2⁶³ − 1; equal seeds give equal results.
         power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
@@ -167,10 +163,16 @@ def svd_truncated(
     m, n = a.shape[-2:]
     p = min(m, n)
     rank = min(rank, p)
-    is_small = p <= EXACT_UP_TO or rank + OVERSAMPLING > 0.6 * p
-    if method == "exact" or (method == "auto" and is_small) or rank == 0:
-        if p < max(GRAM_FROM, HEAD) or a.dtype != torch.float32 or rank > 0.6 * p or 0 in a.shape:
-            return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    is_single = a.dtype == torch.float32
+    if rank == 0 or 0 in a.shape:
+        form: cost.Form = "lapack"
+    elif method == "auto":
+        form = cost.cheapest_form(m, n, rank, is_single=is_single)
+    else:
+        form = "randomized" if method == "randomized" else cost.exact_form(m, n, rank, is_single=is_single)
+    if form == "lapack":
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    if form == "gram":
         tall = _svd_gram(a if m >= n else a.mT, rank)
     else:
         tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
@@ -226,11 +228,11 @@ def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
     values, vectors = eigh(gram)
     del gram
     if bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
-        triplets = _turned(a, vectors[..., -_turn_width(n, rank) :].flip(-1), rank)
+        triplets = _turned(a, vectors[..., -cost.turn_width(n, rank) :].flip(-1), rank)
         if triplets is not None:
             return TruncatedSVD(*triplets, total, "exact", 0, torch.zeros_like(total))
     del values, vectors
-    width = rank + max(OVERSAMPLING, rank // 2)
+    width = rank + max(cost.OVERSAMPLING, rank // 2)
     if width > RITZ_UP_TO * n:
         return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
     gram, total = _gram(a, torch.float64)
@@ -239,11 +241,6 @@ def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
     q, _ = orthonormal(a @ block)
     u, s, v = _triplets(q, a.mT @ q, rank)
     return TruncatedSVD(u, s, v, total, "exact", 0, torch.zeros_like(total))
-
-
-def _turn_width(n: int, rank: int) -> int:
-    """The directions that take part when `rank` of n are turned: all, or half as many again."""
-    return n if 3 * rank >= n else rank + max(OVERSAMPLING, rank // 2)
 
 
 def _without_head(a: Tensor, gram: Tensor) -> Tensor:
@@ -339,8 +336,15 @@ def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_randomized(
     a: Tensor | MatrixLike, rank: int, seed: int, power_iterations: int | None, tolerance: float
 ) -> TruncatedSVD:
+    """The randomized form for m >= n: power iterations with a itself, or with aᵀa where that costs less."""
     m, n = a.shape[-2:]
-    width = min(rank + OVERSAMPLING, m, n)
+    width = min(rank + cost.OVERSAMPLING, m, n)
+    limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
+    if limit > 1 and cost.iterates_by_gram(m, n, rank):
+        enough = tolerance if power_iterations is None else -1.0
+        found = _iterated_by_gram(a, rank, width, seed, limit, enough)
+        if found is not None:
+            return found
     if isinstance(a, Tensor):
         y = a @ random_signs(n, width, seed, dtype=a.dtype, device=a.device)
         total = _energy(a)
@@ -350,14 +354,13 @@ def _svd_randomized(
     z = a.mT @ q
     captured, done = _energy(z), 0
     gain = torch.ones_like(captured)
-    limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
     while done < limit:
         # Columns far from dependent stay so when a is applied twice: then one basis per iteration does.
         basis = orthonormal(z)[0] if precision is None else z / _size(z)
         q, precision = _basis(a @ basis, precision)
         z = a.mT @ q
         before, captured, done = captured, _energy(z), done + 1
-        gain = ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
+        gain = _gain(before, captured)
         if power_iterations is None and bool((gain <= tolerance).all()):
             break
     if precision is not None:
@@ -366,6 +369,37 @@ def _svd_randomized(
         q, z = (torch.linalg.solve_triangular(r, x, upper=True, left=False) for x in (q, z))
     u, s, v = _triplets(q, z, rank)
     return TruncatedSVD(u, s, v, total, "randomized", done, gain)
+
+
+def _iterated_by_gram(
+    a: Tensor | MatrixLike, rank: int, width: int, seed: int, limit: int, tolerance: float
+) -> TruncatedSVD | None:
+    """The randomized form by the smaller Gram matrix, or None where that would lose directions to rounding.
+
+    The subspace is that of as many iterations with a. Energies are those of the right subspaces v, which the
+    last products with a only add to.
+    """
+    gram, total = _gram(a, a.dtype)
+    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+        return None
+    y = gram @ random_signs(gram.shape[-1], width, seed, dtype=gram.dtype, device=gram.device)
+    v, precision = _basis(y, y.dtype)
+    captured, gain, done = torch.zeros_like(total), torch.ones_like(total), 1
+    while precision is not None:
+        y = gram @ v
+        before, captured = captured, torch.linalg.vecdot(v, y, dim=-2).double().sum(-1)
+        gain = _gain(before, captured)
+        if done == limit or bool((gain <= tolerance).all()):
+            q, _ = orthonormal(a @ v)
+            return TruncatedSVD(*_triplets(q, a.mT @ q, rank), total, "randomized", done, gain)
+        v, precision = _basis(y, precision)
+        done += 1
+    return None
+
+
+def _gain(before: Tensor, captured: Tensor) -> Tensor:
+    """The relative energy that an iteration added."""
+    return ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
 
 
 def _basis(y: Tensor, precision: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
@@ -392,8 +426,9 @@ def _size(x: Tensor) -> Tensor:
 
 
 def svd_flops(m: int, n: int, rank: int, method: SVDMethod) -> float:
-    """Estimates the FLOPs of a truncated SVD: the Gram form's eigenproblem, or six passes of width r + 16."""
-    p = min(m, n)
-    if method == "exact" or p <= EXACT_UP_TO or rank + OVERSAMPLING > 0.6 * p:
-        return 2.0 * m * n * p + 11.0 * p**3
-    return 12.0 * m * n * (rank + OVERSAMPLING)
+    """Estimates the work of a truncated SVD in float32, in FLOPs of a GEMM that take as long."""
+    rank = min(rank, m, n)
+    if method == "randomized":
+        return cost.randomized_cost(m, n, rank)
+    find = cost.exact_form if method == "exact" else cost.cheapest_form
+    return cost.form_cost(m, n, rank, find(m, n, rank, is_single=True))
