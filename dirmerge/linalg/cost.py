@@ -17,7 +17,8 @@ EXACT_UP_TO = 512
 # Below this min(m, n) LAPACK's SVD is as fast as the Gram form.
 GRAM_FROM = 192
 # Above this rank, relative to min(m, n), the last kept direction is often too small for a float32 Gram matrix
-# (as it is of a square Gaussian matrix, or beside a head): LAPACK's SVD would be made after all. The randomized form gains nothing there either.
+# (as it is of a square Gaussian matrix, or beside a head), and LAPACK's SVD would be made after all. The
+# randomized form gains little there.
 GRAM_UP_TO = 0.6
 # Directions beyond the rank that the sketch of the randomized form has.
 OVERSAMPLING = 16

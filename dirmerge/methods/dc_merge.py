@@ -74,7 +74,7 @@ def dc_merge(
             for adapters or where a rank is given; ties with the last one pass too.
         keep_per_rank: in place of `keep`: entries per task as a multiple of its rank.
         block_mask: whether only the diagonal blocks of the merged core stay.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 512, then the cheaper).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD.
 

@@ -49,7 +49,7 @@ def mda(
         frame: "shared" (Q), "blocks" (Q with one vertex per task: the T row blocks of the core are centred
             across tasks; needs equal ranks), "canonical" (I_m) or "random" (Haar, K columns, by `seed`). The
             published text does not fix it.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 512, then the cheaper).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD and of the random frame.
 

@@ -29,7 +29,7 @@ def tsv_m(
         tasks: T deltas (m, n), dense or LowRank.
         weights: T weights >= 0 of the singular values.
         rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 512, then the cheaper).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD.
 

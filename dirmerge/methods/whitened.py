@@ -72,7 +72,7 @@ def whitened(
         rank: directions kept per task; default ⌊min(m, n) / T⌋, an adapter's own rank, and ⌊min(m, n) / 2T⌋
             at most where adapters are balanced: equal weights on directions that nearly fill the space cost
             4 points with eight adapters of rank 64 in 384 dimensions, 1 with sixteen of rank 16.
-        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 1024).
+        svd: "exact", "randomized" or "auto" (exact up to min(m, n) = 512, then the cheaper).
         svd_tolerance: relative energy the last power iteration of a randomized SVD may still gain.
         seed: of the randomized SVD.
 
