@@ -121,15 +121,16 @@ def svd_truncated(
 
     Exact: eigenvectors of the smaller Gram matrix, then a Rayleigh–Ritz step on a itself with half as many
     directions again; LAPACK's SVD for float64, small matrices and ranks near min(m, n). Randomized: sketch
-    with random signs, power iterations re-orthogonalised by CholeskyQR, SVD of the projected matrix.
+    with random signs, power iterations re-orthogonalised by CholeskyQR (with the smaller Gram matrix where m
+    and n differ much), SVD of the projected matrix.
 
     Args:
         a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a `MatrixLike` such
             as a Difference ([T,] m, n), which is multiplied as it is read.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
         method: "exact", "randomized", or "auto": exact up to min(m, n) = 512, else the form that costs
-            less by measured rates (`dirmerge.linalg.cost`), the exact one where r exceeds about half of
-            min(m, n).
+            less by measured rates (`dirmerge.linalg.cost`): the randomized one up to r of about half of
+            min(m, n), whatever the spectrum.
         seed: of the sketch, from 0 to 2⁶³ − 1; equal seeds give equal results.
         power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
             least one, at most 8).
