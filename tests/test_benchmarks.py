@@ -20,7 +20,16 @@ import pytest
 import torch
 
 import dirmerge
-from benchmarks import competitors, inputs, report, roofline, synthetic, throughput, throughput_page
+from benchmarks import (
+    competitors,
+    inputs,
+    report,
+    roofline,
+    svd_choice,
+    synthetic,
+    throughput,
+    throughput_page,
+)
 from benchmarks.shapes import BLOCKS, FAMILIES, LAYERS, MODELS, TASKS
 from benchmarks.tasks import debian
 from dirmerge import ops
@@ -621,3 +630,35 @@ class TestDebianPins:
         assert all(re.fullmatch("[0-9a-f]{64}", task.sha256 or "0" * 64) for task in debian.TASKS.values())
         with pytest.raises(ValueError, match=r"task must be one of wordnet, .*got 'none'"):
             debian.prepare("none", tmp_path)
+
+
+class TestChoiceOfAnSVD:
+    """Rows of benchmarks.svd_choice from small matrices, and the checks that guard their times."""
+
+    def test_rows_and_page(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(svd_choice, "RESULTS", tmp_path / "svd_choice.json")
+        for tasks in (4, 2, 4):
+            row = svd_choice.grid_row(90, 80, "headed", tasks, runs=2)
+            assert row["chosen"] == "exact"
+            assert row["ratio"] == row["times"]["auto"]["least_s"] / row["times"][row["best"]]["least_s"]
+            svd_choice.keep("grid", row)
+        for method in ("dc_merge", "tsv_m"):
+            row = svd_choice.merge_row(90, 80, "headed", 2, method, runs=1)
+            assert row["cosine"] == pytest.approx(1, abs=1e-3)
+            svd_choice.keep("merges", row)
+        rows = [line for line in (tmp_path / "svd_choice.md").read_text().splitlines() if "90 × 80" in line]
+        # A row measured again replaces the first one.
+        assert [line.split(" | ")[:3] for line in rows[:2]] == [
+            ["| 90 × 80", "headed", "2"],
+            ["| 90 × 80", "headed", "4"],
+        ]
+        assert [line.split(" | ")[0] for line in rows[2:]] == ["| dc_merge", "| tsv_m"]
+
+    def test_a_wrong_form_stops_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def shifted(a: torch.Tensor, rank: int, method: str) -> Any:
+            found = svd_truncated(a, rank, "exact")
+            return dataclasses.replace(found, u=found.u.roll(1, 0))
+
+        monkeypatch.setattr(svd_choice, "svd_truncated", shifted)
+        with pytest.raises(SystemExit, match="exact is wrong"):
+            svd_choice.grid_row(90, 80, "flat", 4, runs=1)

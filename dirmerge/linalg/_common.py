@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dirmerge import ops
 from dirmerge.arrays import of_any_kind
 
 SINGLE_THREAD_UP_TO = 256
@@ -147,9 +148,7 @@ def orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
         Yamamoto et al., ETNA 44 (2015) (CholeskyQR2); Yamazaki, Tomov, Dongarra, SIAM J. Sci. Comput. 37
         (2015) (mixed precision).
     """
-    double = y.double()
-    first, info = torch.linalg.cholesky_ex(double.mT @ double)
-    del double
+    first, info = torch.linalg.cholesky_ex(ops.gram(y.double()))
     norms = torch.linalg.vector_norm(first, dim=-1)
     sines = first.diagonal(dim1=-2, dim2=-1) / norms
     # A norm of 0 makes a NaN, which is not above the limit either.
@@ -159,6 +158,6 @@ def orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
         return q, r
     first = first.to(y.dtype)
     q = torch.linalg.solve_triangular(first.mT, y, upper=True, left=False)
-    second = torch.linalg.cholesky(q.mT @ q)
+    second = torch.linalg.cholesky(ops.gram(q))
     q = torch.linalg.solve_triangular(second.mT, q, upper=True, left=False)
     return q, second.mT @ first.mT

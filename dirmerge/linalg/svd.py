@@ -10,23 +10,37 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
+from dirmerge.linalg import cost
 from dirmerge.linalg._common import MatrixLike, eigh, finite, orthonormal, working
 from dirmerge.ops.delta_sketch import random_signs
 
 SVDMethod = Literal["auto", "exact", "randomized"]
 
-# Up to this min(m, n) an exact decomposition costs less than a second on two cores, so "auto" has no reason
-# to approximate.
-EXACT_UP_TO = 1024
-OVERSAMPLING = 16
 # Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
 # enough.
 MAX_POWER_ITERATIONS = 8
-# Below this min(m, n) LAPACK's SVD is as fast as the Gram form.
-GRAM_FROM = 192
+# Least sine of the angle of a column of the iterated sketch to those before it for which one pass of
+# CholeskyQR does, by the dtype of its Gram matrix.
+DEPENDENCE = {torch.float32: 0.05, torch.float64: 1e-3}
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
 # singular values down to 1/50. Below, the Gram matrix and its eigenvectors are computed in float64.
 GRAM_SINGLE_RATIO = 4e-4
+# Above this width, relative to min(m, n), LAPACK's SVD of the whole is as fast as the float64 Gram matrix and
+# the SVD of a projection.
+RITZ_UP_TO = 0.6
+# A matrix is headed where its energy would fill fewer equal directions than this part of min(m, n). A
+# Gaussian matrix fills half of them if square, more if not.
+HEADED = 0.25
+# Directions that a head is looked for in, power iterations for it, and how far above the last of them a
+# direction must stand to belong to it.
+HEAD, HEAD_ITERATIONS, HEAD_GAP = 64, 6, 3.0
+# Steps of first order that are made at most.
+TURNS = 3
+# Tangent up to which a pair of columns is turned though its product is at the level of rounding.
+TURN_NEAR = 0.05
+# What a step must reach: norm of vᵀv − I, of which the correction leaves the cube; largest entry of
+# uᵀu − I; and the error of u diag(s) vᵀ, relative to its norm, before u is made orthonormal.
+TURN_SKEW, TURN_OFF, TURN_ERROR = 1e-2, 2e-5, 3e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +121,16 @@ def svd_truncated(
 
     Exact: eigenvectors of the smaller Gram matrix, then a Rayleigh–Ritz step on a itself with half as many
     directions again; LAPACK's SVD for float64, small matrices and ranks near min(m, n). Randomized: sketch
-    with random signs, power iterations re-orthogonalised by CholeskyQR, SVD of the projected matrix.
+    with random signs, power iterations re-orthogonalised by CholeskyQR (with the smaller Gram matrix where m
+    and n differ much), SVD of the projected matrix.
 
     Args:
         a: (..., m, n) floating point, bf16 and fp16 are computed in float32; or a `MatrixLike` such
             as a Difference ([T,] m, n), which is multiplied as it is read.
         rank: number of triplets r, 1 <= r; cut to min(m, n).
-        method: "exact", "randomized", or "auto": exact up to min(m, n) = 1024 and where r comes close to
-            min(m, n).
+        method: "exact", "randomized", or "auto": exact up to min(m, n) = 512, else the form that costs
+            less by measured rates (`dirmerge.linalg.cost`): the randomized one up to r of about half of
+            min(m, n), whatever the spectrum.
         seed: of the sketch, from 0 to 2⁶³ − 1; equal seeds give equal results.
         power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
             least one, at most 8).
@@ -148,12 +164,17 @@ def svd_truncated(
     m, n = a.shape[-2:]
     p = min(m, n)
     rank = min(rank, p)
-    is_small = p <= EXACT_UP_TO or rank + OVERSAMPLING > 0.6 * p
-    if method == "exact" or (method == "auto" and is_small) or rank == 0:
-        width = rank + max(OVERSAMPLING, rank // 2)
-        if p < GRAM_FROM or a.dtype != torch.float32 or width > 0.6 * p or 0 in a.shape:
-            return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
-        tall = _svd_gram(a if m >= n else a.mT, rank, width)
+    is_single = a.dtype == torch.float32
+    if rank == 0 or 0 in a.shape:
+        form: cost.Form = "lapack"
+    elif method == "auto":
+        form = cost.cheapest_form(m, n, rank, is_single=is_single)
+    else:
+        form = "randomized" if method == "randomized" else cost.exact_form(m, n, rank, is_single=is_single)
+    if form == "lapack":
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    if form == "gram":
+        tall = _svd_gram(a if m >= n else a.mT, rank)
     else:
         tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
     if m >= n:
@@ -188,28 +209,122 @@ def _gram(a: Tensor | MatrixLike, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return a.gram(dtype)
 
 
-def _svd_gram(a: Tensor | MatrixLike, rank: int, width: int) -> TruncatedSVD:
+def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
     """The exact form for m >= n.
 
-    The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. The
-    Rayleigh–Ritz step on a takes that out among the `width` directions it works on, so that what is left is
-    the error against directions well below the kept ones.
+    The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. Two
+    steps take the error out: a few much larger directions are weighted down first, and the eigenvectors are
+    then turned until a v has orthogonal columns. Where that does not suffice, the Gram matrix is computed in
+    float64.
     """
+    n = a.shape[-1]
     gram, total = _gram(a, torch.float32)
     if not bool(((total > 1e-20) & (total < 1e20)).all()):
         # Squares of such entries leave float32, and zero has no directions: LAPACK scales.
         return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    # (Σ s²)² / Σ s⁴: how many equal directions would have this much spread.
+    directions = total.square() / gram.double().square().sum((-2, -1))
+    if bool((directions < HEADED * n).any()):
+        gram = _without_head(a if isinstance(a, Tensor) else a.dense(), gram)
     values, vectors = eigh(gram)
-    if not bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
-        del vectors
-        gram, total = _gram(a, torch.float64)
-        values, vectors = eigh(gram)
     del gram
-    block = vectors[..., -width:].to(torch.float32).flip(-1)
-    del vectors
+    if bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
+        triplets = _turned(a, vectors[..., -cost.turn_width(n, rank) :].flip(-1), rank)
+        if triplets is not None:
+            return TruncatedSVD(*triplets, total, "exact", 0, torch.zeros_like(total))
+    del values, vectors
+    width = rank + max(cost.OVERSAMPLING, rank // 2)
+    if width > RITZ_UP_TO * n:
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    gram, total = _gram(a, torch.float64)
+    block = eigh(gram)[1][..., -width:].to(torch.float32).flip(-1)
+    del gram
     q, _ = orthonormal(a @ block)
     u, s, v = _triplets(q, a.mT @ q, rank)
     return TruncatedSVD(u, s, v, total, "exact", 0, torch.zeros_like(total))
+
+
+def _without_head(a: Tensor, gram: Tensor) -> Tensor:
+    """Returns the Gram matrix of a with less weight on directions far above the rest.
+
+    The directions stay eigenvectors, and the first ones in the same order. The rounding of the product is
+    then relative to the rest instead of to s_1².
+    """
+    n = gram.shape[-1]
+    x = random_signs(n, HEAD, 0, dtype=gram.dtype, device=gram.device)
+    for _ in range(HEAD_ITERATIONS):
+        x, _ = orthonormal(gram @ x)
+    values, w = eigh(x.mT @ (gram @ x))
+    limit = torch.maximum(HEAD_GAP**2 * values[..., :1], GRAM_SINGLE_RATIO * values[..., -1:])
+    q = (x @ w) * (values > limit).unsqueeze(-2)
+    rest = a - (a @ q) @ q.mT
+    weights = limit * torch.linspace(1.25, 2, HEAD, dtype=gram.dtype, device=gram.device)
+    return ops.gram(rest) + (q * weights.unsqueeze(-2)) @ q.mT
+
+
+def _turned(a: Tensor | MatrixLike, v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The leading triplets from approximate right singular vectors v (n, w), of which the first are kept.
+
+    Jacobi's rotations, of all pairs at once and to first order, make the kept columns of a v orthogonal to
+    all others.
+
+    Returns:
+        (u, s, v), or None where the columns of a v are not orthogonal to rounding after three steps.
+
+    Source:
+        Ogita, Aishima, Japan J. Indust. Appl. Math. 35 (2018) (the same step for symmetric matrices).
+    """
+    y = a @ v
+    kept_v, kept = v[..., :rank], y[..., :rank]
+    products, squares = y.mT @ kept, y.square().sum(-2)
+    for _ in range(TURNS):
+        turn = _pairwise_turn(products, squares)
+        kept_v, kept = kept_v + v @ turn, kept + y @ turn
+        norms = torch.linalg.vector_norm(kept_v, dim=-2, keepdim=True)
+        kept_v, kept = kept_v / norms, kept / norms
+        error = _deviation(kept_v)
+        is_orthogonal = torch.linalg.matrix_norm(error) < TURN_SKEW
+        polish = error / 2 - 0.375 * (error @ error)
+        v, y = kept_v - kept_v @ polish, kept - kept @ polish
+        s = torch.linalg.vector_norm(y, dim=-2)
+        u = y / s.unsqueeze(-2)
+        error = _deviation(u)
+        # Of two columns the one with the smaller singular value gives way, which changes the product least.
+        squares = s.square()
+        polish = error * squares.unsqueeze(-1) / (squares.unsqueeze(-1) + squares.unsqueeze(-2))
+        off = torch.linalg.matrix_norm(polish * s.unsqueeze(-2)) / torch.linalg.vector_norm(s, dim=-1)
+        is_orthogonal &= (error.abs().amax((-2, -1)) < TURN_OFF) & (off < TURN_ERROR)
+        if bool(is_orthogonal.all()):
+            u = u - u @ polish
+            s, order = s.sort(dim=-1, descending=True)
+            order = order.unsqueeze(-2)
+            return u.take_along_dim(order, -1), s, v.take_along_dim(order, -1)
+        # What a step leaves is of second order; among the kept columns alone, the next one costs less.
+        kept_v, kept = v, y
+        products = error * s.unsqueeze(-1) * s.unsqueeze(-2)
+    return None
+
+
+def _pairwise_turn(products: Tensor, squares: Tensor) -> Tensor:
+    """The tangents that rotate pairs of columns, of given products (w, r) and squared norms (w), apart."""
+    w, r = products.shape[-2:]
+    gap = squares[..., None, :r] - squares[..., :, None]
+    ahead = torch.ones(w, r, dtype=torch.bool, device=gap.device).triu()
+    root = (gap.square() + 4 * products.square()).sqrt()
+    turn = 2 * products / torch.where((gap < 0) | ((gap == 0) & ahead), gap - root, gap + root)
+    # Between columns of nearly the same norm that are orthogonal to rounding, any turn is as good as none.
+    scale = (squares[..., :, None] * squares[..., None, :r]).sqrt()
+    is_needed = (turn.abs() < TURN_NEAR) | (products.abs() > TURN_OFF / 4 * scale)
+    turn = torch.where(is_needed, turn, torch.zeros_like(turn))
+    turn.diagonal(dim1=-2, dim2=-1).zero_()
+    return turn
+
+
+def _deviation(q: Tensor) -> Tensor:
+    """Computes qᵀq − I."""
+    error = ops.gram(q)
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return error
 
 
 def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,33 +337,99 @@ def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_randomized(
     a: Tensor | MatrixLike, rank: int, seed: int, power_iterations: int | None, tolerance: float
 ) -> TruncatedSVD:
+    """The randomized form for m >= n: power iterations with a itself, or with aᵀa where that costs less."""
     m, n = a.shape[-2:]
-    width = min(rank + OVERSAMPLING, m, n)
+    width = min(rank + cost.OVERSAMPLING, m, n)
+    limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
+    if limit > 1 and cost.iterates_by_gram(m, n, rank):
+        enough = tolerance if power_iterations is None else -1.0
+        found = _iterated_by_gram(a, rank, width, seed, limit, enough)
+        if found is not None:
+            return found
     if isinstance(a, Tensor):
         y = a @ random_signs(n, width, seed, dtype=a.dtype, device=a.device)
         total = _energy(a)
     else:
         y, total = a.sketch(width, seed)
-    q, _ = orthonormal(y)
+    q, precision = _basis(y, y.dtype)
     z = a.mT @ q
     captured, done = _energy(z), 0
     gain = torch.ones_like(captured)
-    limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
     while done < limit:
-        basis, _ = orthonormal(z)
-        q, _ = orthonormal(a @ basis)
+        # Columns far from dependent stay so when a is applied twice: then one basis per iteration does.
+        basis = orthonormal(z)[0] if precision is None else z / _size(z)
+        q, precision = _basis(a @ basis, precision)
         z = a.mT @ q
         before, captured, done = captured, _energy(z), done + 1
-        gain = ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
+        gain = _gain(before, captured)
         if power_iterations is None and bool((gain <= tolerance).all()):
             break
+    if precision is not None:
+        # The second pass of CholeskyQR, once for all iterations.
+        r = torch.linalg.cholesky(ops.gram(q)).mT
+        q, z = (torch.linalg.solve_triangular(r, x, upper=True, left=False) for x in (q, z))
     u, s, v = _triplets(q, z, rank)
     return TruncatedSVD(u, s, v, total, "randomized", done, gain)
 
 
+def _iterated_by_gram(
+    a: Tensor | MatrixLike, rank: int, width: int, seed: int, limit: int, tolerance: float
+) -> TruncatedSVD | None:
+    """The randomized form by the smaller Gram matrix, or None where that would lose directions to rounding.
+
+    The subspace is that of as many iterations with a. Energies are those of the right subspaces v, which the
+    last products with a only add to.
+    """
+    gram, total = _gram(a, a.dtype)
+    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+        return None
+    y = gram @ random_signs(gram.shape[-1], width, seed, dtype=gram.dtype, device=gram.device)
+    v, precision = _basis(y, y.dtype)
+    captured, gain, done = torch.zeros_like(total), torch.ones_like(total), 1
+    while precision is not None:
+        y = gram @ v
+        before, captured = captured, torch.linalg.vecdot(v, y, dim=-2).double().sum(-1)
+        gain = _gain(before, captured)
+        if done == limit or bool((gain <= tolerance).all()):
+            q, _ = orthonormal(a @ v)
+            return TruncatedSVD(*_triplets(q, a.mT @ q, rank), total, "randomized", done, gain)
+        v, precision = _basis(y, precision)
+        done += 1
+    return None
+
+
+def _gain(before: Tensor, captured: Tensor) -> Tensor:
+    """The relative energy that an iteration added."""
+    return ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
+
+
+def _basis(y: Tensor, precision: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
+    """Computes a basis of the columns of y, and the dtype of the Gram matrix it took.
+
+    One pass of CholeskyQR in the least precision from the given one on that leaves the basis orthonormal to
+    about 1e-4; None stands for an orthonormal basis of columns that are nearly dependent.
+    """
+    for dtype, limit in DEPENDENCE.items():
+        if precision is None or (precision == torch.float64 and dtype == torch.float32):
+            continue
+        factor, info = torch.linalg.cholesky_ex(ops.gram(y.to(dtype)))
+        sines = factor.diagonal(dim1=-2, dim2=-1) / torch.linalg.vector_norm(factor, dim=-1)
+        # A norm of 0 makes a NaN, which is not above the limit either.
+        if bool(((info == 0) & (sines > limit).all(-1)).all()):
+            return torch.linalg.solve_triangular(factor.mT.to(y.dtype), y, upper=True, left=False), dtype
+    return orthonormal(y)[0], None
+
+
+def _size(x: Tensor) -> Tensor:
+    """The largest magnitude (..., 1, 1), or 1 for zeros."""
+    size = x.abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, torch.ones_like(size))
+
+
 def svd_flops(m: int, n: int, rank: int, method: SVDMethod) -> float:
-    """Estimates the FLOPs of a truncated SVD: the Gram form's eigenproblem, or six passes of width r + 16."""
-    p = min(m, n)
-    if method == "exact" or p <= EXACT_UP_TO or rank + OVERSAMPLING > 0.6 * p:
-        return 2.0 * m * n * p + 11.0 * p**3
-    return 12.0 * m * n * (rank + OVERSAMPLING)
+    """Estimates the work of a truncated SVD in float32, in FLOPs of a GEMM that take as long."""
+    rank = min(rank, m, n)
+    if method == "randomized":
+        return cost.randomized_cost(m, n, rank)
+    find = cost.exact_form if method == "exact" else cost.cheapest_form
+    return cost.form_cost(m, n, rank, find(m, n, rank, is_single=True))
