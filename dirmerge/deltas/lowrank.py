@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.linalg import TruncatedSVD, single_thread
+from dirmerge.linalg.conditions import holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ def _orthogonalised(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         double = x.double()
         lower, info = torch.linalg.cholesky_ex(double.mT @ double)
         diagonal = lower.diagonal()
-        if int(info) == 0 and float(diagonal.min()) > 1e-4 * float(diagonal.max()):
+        if holds((info == 0) & (diagonal.min() > 1e-4 * diagonal.max())):
             r = lower.mT
             return lambda c: double @ torch.linalg.solve_triangular(r, c, upper=True), r
     q, r = torch.linalg.qr(x)

@@ -49,5 +49,5 @@ def ties(
         stack[t] = tasks.dense(t)
     count = max(1, math.floor(density * stack[0].numel()))
     thresholds = kth_largest_magnitude(stack, count) if density < 1 else None
-    merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype))
+    merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype).tolist())
     return MergedDelta(merged, MergeRecord("ties", {"density": density}, tasks.shape))
