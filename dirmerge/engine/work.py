@@ -81,7 +81,7 @@ def matrices(plan: Plan, tensor: TensorPlan, *, align: bool = False) -> list[Mat
 
 
 def merge_matrices(
-    work: Sequence[MatrixWork], reader: DeltaReader, device: torch.device
+    work: Sequence[MatrixWork], reader: DeltaReader, device: torch.device, *, on_cpu: bool = False
 ) -> list[MergedMatrix]:
     """Merges a batch of matrices of one shape; the result depends on nothing but the deltas and the work.
 
@@ -92,6 +92,7 @@ def merge_matrices(
         work: matrices of one shape; a batch of one is the usual case on a CPU.
         reader: loads the deltas.
         device: on which everything after reading happens, and on which the updates are returned.
+        on_cpu: whether decisions are deferred on a CPU as they are on a device.
 
     Returns:
         One result per matrix, in order.
@@ -100,9 +101,10 @@ def merge_matrices(
         NonFiniteError: NaN or Inf in an input, with file and tensor.
         CheckpointError: a file that cannot be read any more.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and not on_cpu:
         return [_merge(item, reader, device) for item in work]
-    results, repeated = optimistic([partial(_merge, item, reader, device) for item in work], _numbers, _with)
+    runs = [partial(_merge, item, reader, device) for item in work]
+    results, repeated = optimistic(runs, _numbers, _with, on_cpu=on_cpu)
     return [replace(result, is_repeated=again) for result, again in zip(results, repeated, strict=True)]
 
 

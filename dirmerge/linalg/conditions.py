@@ -30,13 +30,22 @@ T = TypeVar("T")
 
 
 class Ledger:
-    """The conditions that a piece of work took for granted."""
+    """The conditions that a piece of work took for granted.
 
-    def __init__(self) -> None:
+    Args:
+        on_cpu: whether decisions about CPU tensors are deferred too.
+    """
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
         self._conditions: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._conditions)
+
+    def covers(self, device: torch.device) -> bool:
+        """Returns whether decisions about tensors of a device are deferred."""
+        return self.on_cpu or device.type != "cpu"
 
     def record(self, condition: Tensor) -> None:
         """Notes a condition, a bool tensor of any shape on a device."""
@@ -55,13 +64,17 @@ _ledger: ContextVar[Ledger | None] = ContextVar("dirmerge_ledger", default=None)
 
 
 @contextmanager
-def deferred() -> Iterator[Ledger]:
+def deferred(*, on_cpu: bool = False) -> Iterator[Ledger]:
     """Defers the decisions of the block: `holds` answers yes for tensors on a device and notes the condition.
 
     It acts on the current thread or asyncio task. A block inside another has a ledger of its own, so that the
     outer one does not learn what the inner one took for granted.
+
+    Args:
+        on_cpu: whether decisions about CPU tensors are deferred too, which shows what a device would compute
+            where there is none.
     """
-    ledger = Ledger()
+    ledger = Ledger(on_cpu=on_cpu)
     token = _ledger.set(ledger)
     try:
         yield ledger
@@ -81,8 +94,8 @@ def careful() -> Iterator[None]:
 
 def is_deferred(x: Tensor | torch.device) -> bool:
     """Returns whether decisions about x wait for the end of a ledger: x is on a device, and there is one."""
-    device = x if isinstance(x, torch.device) else x.device
-    return device.type != "cpu" and _ledger.get() is not None
+    ledger = _ledger.get()
+    return ledger is not None and ledger.covers(x if isinstance(x, torch.device) else x.device)
 
 
 def holds(condition: Tensor) -> bool:
@@ -92,7 +105,7 @@ def holds(condition: Tensor) -> bool:
         condition: bool tensor of any shape, true in the usual, good case.
     """
     ledger = _ledger.get()
-    if ledger is None or condition.is_cpu:
+    if ledger is None or not ledger.covers(condition.device):
         return bool(condition.all())
     ledger.record(condition)
     return True
@@ -126,6 +139,8 @@ def optimistic(
     runs: Sequence[Callable[[], T]],
     numbers: Callable[[T], Sequence[float]],
     replace: Callable[[T, Sequence[float]], T],
+    *,
+    on_cpu: bool = False,
 ) -> tuple[list[T], list[bool]]:
     """Runs a batch of work with deferred decisions, reads once, and repeats what took too much for granted.
 
@@ -134,6 +149,7 @@ def optimistic(
             it does not make.
         numbers: returns what a result got from `number`.
         replace: returns a result with those numbers as floats, in the same order.
+        on_cpu: whether decisions about CPU tensors are deferred too.
 
     Returns:
         The results, and for each whether it was run again: its conditions did not hold, or a factorisation
@@ -141,7 +157,7 @@ def optimistic(
     """
     attempts: list[tuple[T, Tensor] | None] = []
     for run in runs:
-        with deferred() as ledger:
+        with deferred(on_cpu=on_cpu) as ledger:
             try:
                 attempts.append((run(), ledger.flag()))
             # Work on NaN, which a decision would have kept out, may fail: the careful run finds the reason.
