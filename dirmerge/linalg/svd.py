@@ -11,6 +11,7 @@ from torch import Tensor
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
 from dirmerge.linalg._common import MatrixLike, eigh, finite, orthonormal, working
+from dirmerge.linalg.conditions import holds, is_deferred
 from dirmerge.ops.delta_sketch import random_signs
 
 SVDMethod = Literal["auto", "exact", "randomized"]
@@ -22,6 +23,9 @@ OVERSAMPLING = 16
 # Adaptive power iterations stop here at the latest; on the spectra of fine-tuning deltas two or three are
 # enough.
 MAX_POWER_ITERATIONS = 8
+# Where decisions are deferred, as many power iterations are made whatever they gain; of a flat spectrum the
+# most of the adaptive form.
+DEFERRED_POWER_ITERATIONS = 3
 # Below this min(m, n) LAPACK's SVD is as fast as the Gram form.
 GRAM_FROM = 192
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
@@ -102,6 +106,7 @@ def svd_truncated(
     seed: int = 0,
     power_iterations: int | None = None,
     tolerance: float = 1e-2,
+    is_flat: bool = False,
 ) -> TruncatedSVD:
     """Computes the leading singular triplets a ≈ u diag(s) vᵀ of every matrix of a batch.
 
@@ -119,6 +124,8 @@ def svd_truncated(
         power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
             least one, at most 8).
         tolerance: relative energy that the last power iteration may still gain.
+        is_flat: whether a flat spectrum is expected, which needs more iterations. It matters only where
+            decisions are deferred (see `conditions`) and their number is fixed beforehand: 8 instead of 3.
 
     Returns:
         TruncatedSVD with the energy captured, the residual and the last iteration's gain per matrix.
@@ -155,7 +162,7 @@ def svd_truncated(
             return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
         tall = _svd_gram(a if m >= n else a.mT, rank, width)
     else:
-        tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
+        tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance, is_flat)
     if m >= n:
         return tall
     return TruncatedSVD(
@@ -195,12 +202,14 @@ def _svd_gram(a: Tensor | MatrixLike, rank: int, width: int) -> TruncatedSVD:
     Rayleigh–Ritz step on a takes that out among the `width` directions it works on, so that what is left is
     the error against directions well below the kept ones.
     """
-    gram, total = _gram(a, torch.float32)
-    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+    # Where decisions are deferred, float64: it serves every spectrum.
+    is_double = is_deferred(a.device)
+    gram, total = _gram(a, torch.float64 if is_double else torch.float32)
+    if not holds((total > 1e-20) & (total < 1e20)):
         # Squares of such entries leave float32, and zero has no directions: LAPACK scales.
         return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
     values, vectors = eigh(gram)
-    if not bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
+    if not is_double and not bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
         del vectors
         gram, total = _gram(a, torch.float64)
         values, vectors = eigh(gram)
@@ -220,7 +229,12 @@ def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_randomized(
-    a: Tensor | MatrixLike, rank: int, seed: int, power_iterations: int | None, tolerance: float
+    a: Tensor | MatrixLike,
+    rank: int,
+    seed: int,
+    power_iterations: int | None,
+    tolerance: float,
+    is_flat: bool,
 ) -> TruncatedSVD:
     m, n = a.shape[-2:]
     width = min(rank + OVERSAMPLING, m, n)
@@ -233,17 +247,42 @@ def _svd_randomized(
     z = a.mT @ q
     captured, done = _energy(z), 0
     gain = torch.ones_like(captured)
+    if power_iterations is None and is_deferred(z):
+        done = MAX_POWER_ITERATIONS if is_flat else DEFERRED_POWER_ITERATIONS
+        q, z, gain = _iterated(a, q, z, done, tolerance)
     limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
-    while done < limit:
+    while done < limit and not (power_iterations is None and done and holds(gain <= tolerance)):
         basis, _ = orthonormal(z)
         q, _ = orthonormal(a @ basis)
         z = a.mT @ q
         before, captured, done = captured, _energy(z), done + 1
-        gain = ((captured - before) / captured.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
-        if power_iterations is None and bool((gain <= tolerance).all()):
-            break
+        gain = _gain(before, captured)
     u, s, v = _triplets(q, z, rank)
     return TruncatedSVD(u, s, v, total, "randomized", done, gain)
+
+
+def _gain(before: Tensor, after: Tensor) -> Tensor:
+    """The relative energy that a power iteration added."""
+    return ((after - before) / after.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0.0)
+
+
+def _iterated(
+    a: Tensor | MatrixLike, q: Tensor, z: Tensor, count: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes `count` power iterations; a matrix stays as it is after one that gained `tolerance` or less."""
+    captured = _energy(z)
+    gain = torch.ones_like(captured)
+    for _ in range(count):
+        basis, _ = orthonormal(z)
+        next_q, _ = orthonormal(a @ basis)
+        next_z = a.mT @ next_q
+        after = _energy(next_z)
+        goes_on = gain > tolerance
+        gain = torch.where(goes_on, _gain(captured, after), gain)
+        captured = torch.where(goes_on, after, captured)
+        q = torch.where(goes_on[..., None, None], next_q, q)
+        z = torch.where(goes_on[..., None, None], next_z, z)
+    return q, z, gain
 
 
 def svd_flops(m: int, n: int, rank: int, method: SVDMethod) -> float:

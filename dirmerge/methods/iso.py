@@ -160,7 +160,9 @@ def iso_cts(
         if isinstance(specific, LowRank):
             triplets = specific.svd()
         else:
-            triplets = svd_truncated(specific, per_task, svd, seed=seed, tolerance=svd_tolerance)
+            triplets = svd_truncated(
+                specific, per_task, svd, seed=seed, tolerance=svd_tolerance, is_flat=True
+            )
         del specific
         keep = kept_directions(triplets.s, max(tasks.shape), per_task)
         kept = triplets.truncated(keep)
