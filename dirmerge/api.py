@@ -17,6 +17,7 @@ from dirmerge.engine import pipeline
 from dirmerge.engine.compute import Compute
 from dirmerge.engine.result import MergeResult, ProgressCallback
 from dirmerge.linalg import all_finite
+from dirmerge.linalg.conditions import optimistic
 from dirmerge.methods import MergedDelta, Tasks, merge_tasks
 from dirmerge.methods.scale import align
 from dirmerge.methods.tasks import TaskDelta
@@ -149,6 +150,25 @@ def merge_deltas(
     for name, value in (("scale", scale), ("alignment", alignment)):
         if value is not None and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+
+    def run() -> MergedDelta:
+        return _merge_deltas(deltas, method, weights, scale, alignment, seed, options)
+
+    if not isinstance(deltas[0], (Tensor, Difference, LowRank)) or _parts(deltas[0])[0].is_cpu:
+        return run()
+    (merged,), _ = optimistic([run], _numbers, _with)
+    return merged
+
+
+def _merge_deltas(
+    deltas: Sequence[TaskDelta],
+    method: str,
+    weights: Sequence[float] | None,
+    scale: float | None,
+    alignment: float | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> MergedDelta:
     checked = _checked(deltas)
     tasks = Tasks(
         tuple(checked[0].shape),
@@ -160,6 +180,17 @@ def merge_deltas(
     if alignment is not None:
         return align(tasks, merged, alignment, seed)
     return merged if scale is None else merged.scaled(scale)
+
+
+def _numbers(merged: MergedDelta) -> list[float]:
+    return merged.record.energy
+
+
+def _with(merged: MergedDelta, numbers: Sequence[float]) -> MergedDelta:
+    merged.record.energy = list(numbers)
+    if merged.factors is not None:
+        merged.factors.energy = list(numbers)
+    return merged
 
 
 def _checked(deltas: Sequence[TaskDelta]) -> list[TaskDelta]:

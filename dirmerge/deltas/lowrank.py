@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.linalg import TruncatedSVD, single_thread
+from dirmerge.linalg.conditions import holds, is_deferred
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +146,12 @@ class LowRank:
             torch.cat([left for left, _ in pairs], 1), None, torch.cat([right for _, right in pairs], 1)
         )
 
-    def svd(self) -> TruncatedSVD:
+    def svd(self, *, may_depend: bool = False) -> TruncatedSVD:
         """Computes the exact SVD in O((m + n) k²): thin QRs of both sides and the SVD of the small core.
+
+        Args:
+            may_depend: whether columns of a side are likely to be dependent; where decisions are deferred,
+                Householder's QR is taken then, which needs none.
 
         Returns:
             TruncatedSVD of rank min(k, m, n) (null directions included, with singular value 0 up to
@@ -157,8 +162,8 @@ class LowRank:
         """
         work = torch.promote_types(self.dtype, torch.float32)
         with single_thread(self.rank):
-            times_left, rl = _orthogonalised(self.left.to(work))
-            times_right, rr = _orthogonalised(self.right.to(work))
+            times_left, rl = _orthogonalised(self.left.to(work), may_depend)
+            times_right, rr = _orthogonalised(self.right.to(work), may_depend)
             middle = rl @ rr.mT if self.core is None else rl @ self.core.double() @ rr.mT
             # The small SVD is cheap, so it runs in float64 and adds no error of its own.
             u, s, vh = torch.linalg.svd(middle, full_matrices=False)
@@ -175,17 +180,18 @@ class LowRank:
         return LowRank(svd.u * svd.s, None, svd.v), float(svd.energy)
 
 
-def _orthogonalised(x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _orthogonalised(x: Tensor, may_depend: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """Returns c ↦ Q c and R (float64) of the thin QR x = Q R.
 
     Tall float32 factors take Cholesky's R of the float64 Gram matrix, twice as fast as Householder's and as
     accurate as float32 needs up to the condition its diagonal shows; the others take Householder's.
     """
-    if x.dtype == torch.float32 and x.shape[0] >= 4 * x.shape[1] > 0:
+    is_tall = x.dtype == torch.float32 and x.shape[0] >= 4 * x.shape[1] > 0
+    if is_tall and not (may_depend and is_deferred(x)):
         double = x.double()
         lower, info = torch.linalg.cholesky_ex(double.mT @ double)
         diagonal = lower.diagonal()
-        if int(info) == 0 and float(diagonal.min()) > 1e-4 * float(diagonal.max()):
+        if holds((info == 0) & (diagonal.min() > 1e-4 * diagonal.max())):
             r = lower.mT
             return lambda c: double @ torch.linalg.solve_triangular(r, c, upper=True), r
     q, r = torch.linalg.qr(x)

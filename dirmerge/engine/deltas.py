@@ -14,6 +14,7 @@ from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.reading import Read
 from dirmerge.errors import NonFiniteError
+from dirmerge.linalg.conditions import holds
 from dirmerge.methods import Tasks
 from dirmerge.methods.tasks import Delta, TaskDelta
 from dirmerge.planning import Plan, Source, TensorPlan
@@ -233,7 +234,7 @@ class DeltaReader:
         value = self.fetch(read).reshape(base.shape).to(base.device)
         # A difference of finite weights is not finite only where both are near the end of float32.
         bound = _largest(value) + _largest(base)
-        if not bound <= torch.finfo(torch.float32).max:
+        if not holds(bound <= torch.finfo(torch.float32).max):
             check_finite(value, read.info, read.item)
             self.base(tensor.name)
             difference(value, base, read.info, read.item)
@@ -258,7 +259,7 @@ def row_range(update: LowRank, start: int | None, stop: int | None) -> LowRank:
 
 def check_finite(value: Tensor, info: TensorInfo, item: Input) -> Tensor:
     """Returns the value; NonFiniteError names file and tensor where it holds NaN or Inf."""
-    if value.is_floating_point() and not math.isfinite(_largest(value)):
+    if value.is_floating_point() and not holds(_largest(value).isfinite()):
         raise NonFiniteError(f"{_place(info, item)}: tensor {info.name!r} holds NaN or Inf")
     return value
 
@@ -279,12 +280,12 @@ def _info(item: Input, name: str, saved: bool) -> TensorInfo:
     return item.checkpoint.tensors[name]
 
 
-def _largest(value: Tensor) -> float:
-    """The largest magnitude, NaN where there is one, in one pass."""
+def _largest(value: Tensor) -> Tensor:
+    """The largest magnitude, NaN where there is one, in one pass; 0-d, float64."""
     if value.numel() == 0:
-        return 0.0
+        return value.new_zeros((), dtype=torch.float64)
     low, high = torch.aminmax(value)
-    return max(-float(low), float(high)) if bool(low == low) else math.nan
+    return torch.maximum(-low.double(), high.double())
 
 
 def _place(info: TensorInfo, item: Input) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.linalg import seed_for
+from dirmerge.linalg.conditions import optimistic
 from dirmerge.methods import AlignmentTerms, MergedDelta, merge_tasks
 from dirmerge.methods.scale import alignment_terms
 from dirmerge.planning import Plan, TensorPlan
@@ -58,11 +60,14 @@ class MergedMatrix:
         work: what was merged.
         merged: the update, before λ, without the factors that led to it.
         terms: of its alignment; zeros where they were not wanted.
+        is_repeated: whether the device's first run took something for granted that did not hold (full rank,
+            finite values, convergence), so that the matrix was merged again with decisions on the host.
     """
 
     work: MatrixWork
     merged: MergedDelta
     terms: AlignmentTerms
+    is_repeated: bool = False
 
 
 def matrices(plan: Plan, tensor: TensorPlan, *, align: bool = False) -> list[MatrixWork]:
@@ -81,14 +86,18 @@ def matrices(plan: Plan, tensor: TensorPlan, *, align: bool = False) -> list[Mat
 
 
 def merge_matrices(
-    work: Sequence[MatrixWork], reader: DeltaReader, device: torch.device
+    work: Sequence[MatrixWork], reader: DeltaReader, device: torch.device, *, on_cpu: bool = False
 ) -> list[MergedMatrix]:
     """Merges a batch of matrices of one shape; the result depends on nothing but the deltas and the work.
+
+    On a device nothing waits before the end of the batch: then one copy to the host brings all conditions and
+    numbers (see `linalg.conditions`), and the matrices whose conditions do not hold are merged again.
 
     Args:
         work: matrices of one shape; a batch of one is the usual case on a CPU.
         reader: loads the deltas.
         device: on which everything after reading happens, and on which the updates are returned.
+        on_cpu: whether decisions are deferred on a CPU as they are on a device.
 
     Returns:
         One result per matrix, in order.
@@ -97,14 +106,28 @@ def merge_matrices(
         NonFiniteError: NaN or Inf in an input, with file and tensor.
         CheckpointError: a file that cannot be read any more.
     """
-    results = []
-    for item in work:
-        tasks, weights = reader.tasks(item.tensor, item.index, device)
-        merged = merge_tasks(tasks, item.method, weights, item.tensor.options, item.seed)
-        terms = alignment_terms(tasks, merged, item.seed) if item.align else AlignmentTerms()
-        merged.factors = None  # the alignment is all they are still needed for
-        results.append(MergedMatrix(item, merged, terms))
-    return results
+    if device.type == "cpu" and not on_cpu:
+        return [_merge(item, reader, device) for item in work]
+    runs = [partial(_merge, item, reader, device) for item in work]
+    results, repeated = optimistic(runs, _numbers, _with, on_cpu=on_cpu)
+    return [replace(result, is_repeated=again) for result, again in zip(results, repeated, strict=True)]
+
+
+def _merge(item: MatrixWork, reader: DeltaReader, device: torch.device) -> MergedMatrix:
+    tasks, weights = reader.tasks(item.tensor, item.index, device)
+    merged = merge_tasks(tasks, item.method, weights, item.tensor.options, item.seed)
+    terms = alignment_terms(tasks, merged, item.seed) if item.align else AlignmentTerms()
+    merged.factors = None  # the alignment is all they are still needed for
+    return MergedMatrix(item, merged, terms)
+
+
+def _numbers(found: MergedMatrix) -> list[float]:
+    return [*found.terms, *found.merged.record.energy]
+
+
+def _with(found: MergedMatrix, numbers: Sequence[float]) -> MergedMatrix:
+    numerator, denominator, *found.merged.record.energy = numbers
+    return replace(found, terms=AlignmentTerms(numerator, denominator))
 
 
 def smaller(merged: MergedDelta) -> Tensor | LowRank:

@@ -8,7 +8,14 @@ in `dirmerge.ops`.
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
-from dirmerge.linalg._common import MatrixLike, all_finite, numerical_rank, seed_for, single_thread
+from dirmerge.linalg._common import (
+    MatrixLike,
+    all_finite,
+    kept_directions,
+    numerical_rank,
+    seed_for,
+    single_thread,
+)
 from dirmerge.linalg.etf import etf_gap, simplex_etf
 from dirmerge.linalg.orthogonal import GramRoot, Polar, PolarMethod, gram_root, polar, procrustes
 from dirmerge.linalg.svd import SVDMethod, TruncatedSVD, svd_flops, svd_truncated
@@ -29,6 +36,7 @@ __all__ = [
     "etf_gap",
     "etf_project",
     "gram_root",
+    "kept_directions",
     "kth_largest_magnitude",
     "numerical_rank",
     "polar",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.arrays import of_any_kind
+from dirmerge.linalg.conditions import holds, is_deferred
 
 SINGLE_THREAD_UP_TO = 256
 # Smallest sine of the angle between a column and those before it for which two passes of CholeskyQR give an
@@ -69,7 +70,12 @@ def working(x: Tensor, name: str = "x") -> Tensor:
 
 @of_any_kind
 def all_finite(x: Tensor) -> bool:
-    """Returns whether x holds no NaN and no Inf: a sum, and a second pass only where that is not finite."""
+    """Returns whether x holds no NaN and no Inf: a sum, and a second pass only where that is not finite.
+
+    Where decisions are deferred it is taken for granted, and the sum, in float32 at least, is the condition.
+    """
+    if is_deferred(x):
+        return holds(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))))
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -106,6 +112,19 @@ def seed_for(name: str, seed: int = 0) -> int:
     """
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def kept_directions(s: Tensor, size: int, limit: int) -> int:
+    """Returns how many of the leading `limit` singular values stand above rounding; usually all.
+
+    Args:
+        s: (k,) singular values, descending.
+        size: max(m, n) of the matrix they belong to.
+        limit: largest answer.
+    """
+    limit = min(limit, s.shape[-1])
+    rank = numerical_rank(s, size)
+    return limit if holds(rank >= limit) else int(rank)
 
 
 @of_any_kind
@@ -153,11 +172,12 @@ def orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
     sines = first.diagonal(dim1=-2, dim2=-1) / norms
     # A norm of 0 makes a NaN, which is not above the limit either.
     is_independent = (info == 0) & (sines > CHOLESKY_INDEPENDENCE).all(-1)
-    if not bool(is_independent.all()):
-        q, r = torch.linalg.qr(y)
-        return q, r
-    first = first.to(y.dtype)
-    q = torch.linalg.solve_triangular(first.mT, y, upper=True, left=False)
-    second = torch.linalg.cholesky(ops.gram(q))
-    q = torch.linalg.solve_triangular(second.mT, q, upper=True, left=False)
-    return q, second.mT @ first.mT
+    if holds(is_independent):
+        first = first.to(y.dtype)
+        q = torch.linalg.solve_triangular(first.mT, y, upper=True, left=False)
+        second, info = torch.linalg.cholesky_ex(ops.gram(q))
+        if holds(info == 0):
+            q = torch.linalg.solve_triangular(second.mT, q, upper=True, left=False)
+            return q, second.mT @ first.mT
+    q, r = torch.linalg.qr(y)
+    return q, r

@@ -13,6 +13,7 @@ from dirmerge import ops
 from dirmerge.arrays import of_any_kind
 from dirmerge.linalg import minimax
 from dirmerge.linalg._common import eigh, finite, numerical_rank, working
+from dirmerge.linalg.conditions import holds, is_deferred
 
 PolarMethod = Literal["auto", "exact", "newton_schulz"]
 
@@ -21,6 +22,8 @@ PolarMethod = Literal["auto", "exact", "newton_schulz"]
 GRAM_CONDITION = 1e-5
 # Up to this min(m, k) a Gram matrix is decomposed in float64.
 GRAM_DOUBLE_UP_TO = 256
+# Newton–Schulz steps after the schedule where no residual is read: within 0.3 of 1 three are enough.
+LOCAL_STEPS = 4
 # Below this min(m, k) LAPACK's SVD is as fast as the Gram form.
 GRAM_FROM = 128
 # Relative singular value that separates, in float32, what the Gram matrix resolves from what it does not.
@@ -38,7 +41,8 @@ class Polar:
         method: "svd", "gram" (eigendecomposition of the Gram matrix) or "newton_schulz".
         steps: polynomial steps made, 0 for the direct forms.
         residual: (...,) ‖qᵀq − I‖_F / √k (with the smaller Gram matrix).
-        rank: (...,) int64, numerical rank of x; below min(m, k) the factor is not unique.
+        rank: (...,) int64, numerical rank of x; below min(m, k) the factor is not unique. Like the residual
+            on the CPU, unless decisions are deferred (see `conditions`): then on the device of x.
         fallback: why a requested or chosen form gave way to another; None if it did not.
     """
 
@@ -62,9 +66,10 @@ def polar(
     """Computes the orthogonal polar factor P Qᵀ of x = P Σ Qᵀ: the nearest matrix with orthonormal columns.
 
     Exact: from the eigendecomposition of the Gram matrix xᵀx, in float64 for small or tall float32 inputs,
-    in float32 with a first-order correction for large ones; the SVD for float64 and for small inputs. Newton–
-    Schulz: minimax quintic steps, then quintic Newton–Schulz steps (GEMM only); for m >= 2 k the first ones
-    act on the k × k Gram matrix and x is multiplied once.
+    in float32 with a first-order correction for large ones; the SVD for float64 and for small inputs; where
+    decisions are deferred (see `conditions`) in float64 for all float32 inputs. Newton–Schulz: minimax
+    quintic steps, then quintic Newton–Schulz steps (GEMM only); for m >= 2 k the first ones act on the k × k
+    Gram matrix and x is multiplied once.
 
     Args:
         x: (..., m, k) floating point; for m < k the transposed problem is solved.
@@ -112,8 +117,8 @@ def polar(
     if not is_iterated:
         return _polar_exact(x, complete, None)
     q, steps, residual = _newton_schulz(x, tolerance, max_steps)
-    if bool((residual <= tolerance).all()):
-        rank = torch.full(x.shape[:-2], k, dtype=torch.int64)
+    if holds(residual <= tolerance):
+        rank = torch.full(x.shape[:-2], k, dtype=torch.int64, device=residual.device)
         return Polar(q, "newton_schulz", steps, residual, rank, None)
     worst = float(residual.max())
     reason = f"Newton–Schulz reached ‖qᵀq − I‖/√k = {worst:.1e} after {steps} steps, not {tolerance:.1e}"
@@ -171,6 +176,8 @@ def gram_root(x: Tensor) -> GramRoot | None:
 
 def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
     m, k = x.shape[-2:]
+    if is_deferred(x) and x.dtype == torch.float32:
+        return _polar_deferred(x, complete)
     gram = gram_root(x)
     if gram is not None:
         q = (x.double() @ gram.inverse).to(x.dtype)
@@ -183,7 +190,7 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
         deviation, residual = _deviation(q)
         # A partial isometry misses k − rank ones on the diagonal of its Gram matrix.
         expected = torch.zeros_like(residual) if complete else ((k - rank.to(residual)) / k).sqrt()
-        limit = 1e-5 * math.sqrt(max(m / 1024, 1))
+        limit = _limit(m)
         if not bool(((residual - expected).abs() <= limit / 4).all()):
             # One Newton–Schulz step squares what the first-order correction left of the deviation.
             q = q - 0.5 * (q @ deviation)
@@ -199,7 +206,36 @@ def _polar_exact(x: Tensor, complete: bool, fallback: str | None) -> Polar:
         keep = torch.arange(k, device=x.device) < rank.to(x.device).unsqueeze(-1)
         u = u * keep.unsqueeze(-2)
     q = u @ vh
-    return Polar(q, "svd", 0, orthogonality(q), rank.cpu(), fallback)
+    return Polar(q, "svd", 0, orthogonality(q), rank if is_deferred(x) else rank.cpu(), fallback)
+
+
+def _polar_deferred(x: Tensor, complete: bool) -> Polar:
+    """The polar factor of a float32 matrix (..., m, k), m >= k, without a decision: x V S⁻¹ Vᵀ in float64.
+
+    xᵀx = V S² Vᵀ. Singular values down to the numerical rank's limit ε √m s_1 come from a float64 Gram matrix
+    with a relative error of 1e-2 / m at most, in directions that the rounding of x has moved by more.
+    """
+    m, k = x.shape[-2:]
+    double = x.double()
+    values, vectors = eigh(ops.gram(double))
+    s = values.clamp(min=0).sqrt()
+    is_present = s > torch.finfo(x.dtype).eps * math.sqrt(m) * s[..., -1:]
+    # The quotient of an absent direction is never used, and not a number where all are absent.
+    inverse = torch.where(is_present, 1 / s, 0.0)
+    q = (double @ ((vectors * inverse.unsqueeze(-2)) @ vectors.mT)).to(x.dtype)
+    rank = is_present.sum(-1)
+    if complete:
+        holds(rank == k)
+    residual = orthogonality(q)
+    # A partial isometry misses k − rank ones on the diagonal of its Gram matrix.
+    expected = ((k - rank) / k).sqrt()
+    holds((residual - expected).abs() <= _limit(m))
+    return Polar(q, "gram", 0, residual, rank, None)
+
+
+def _limit(m: int) -> float:
+    """The residual ‖qᵀq − I‖_F / √k that the exact form may leave in float32."""
+    return 1e-5 * math.sqrt(max(m / 1024, 1))
 
 
 def _polar_gram(x: Tensor, complete: bool) -> tuple[Tensor, int]:
@@ -261,6 +297,11 @@ def _newton_schulz(x: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor,
         for a, b, c in schedule:
             y = ops.polar_step(y, a, b, c)
     steps = len(schedule)
+    if is_deferred(x):
+        for _ in range(min(LOCAL_STEPS, max_steps - steps)):
+            y = ops.polar_step(y, *minimax.LOCAL)
+            steps += 1
+        return y, steps, orthogonality(y)
     residual = orthogonality(y)
     while steps < max_steps and bool((residual > tolerance).any()) and bool(residual.isfinite().all()):
         y = ops.polar_step(y, *minimax.LOCAL)

@@ -12,6 +12,7 @@ from dirmerge import ops
 from dirmerge.arrays import of_any_kind
 from dirmerge.linalg import cost
 from dirmerge.linalg._common import MatrixLike, eigh, finite, orthonormal, working
+from dirmerge.linalg.conditions import holds, is_deferred
 from dirmerge.ops.delta_sketch import random_signs
 
 SVDMethod = Literal["auto", "exact", "randomized"]
@@ -22,6 +23,9 @@ MAX_POWER_ITERATIONS = 8
 # Least sine of the angle of a column of the iterated sketch to those before it for which one pass of
 # CholeskyQR does, by the dtype of its Gram matrix.
 DEPENDENCE = {torch.float32: 0.05, torch.float64: 1e-3}
+# Where decisions are deferred, as many power iterations are made whatever they gain; of a flat spectrum the
+# most of the adaptive form.
+DEFERRED_POWER_ITERATIONS = 3
 # Least kept eigenvalue of a float32 Gram matrix, relative to the largest, that float32 resolves well enough:
 # singular values down to 1/50. Below, the Gram matrix and its eigenvectors are computed in float64.
 GRAM_SINGLE_RATIO = 4e-4
@@ -116,6 +120,7 @@ def svd_truncated(
     seed: int = 0,
     power_iterations: int | None = None,
     tolerance: float = 1e-2,
+    is_flat: bool = False,
 ) -> TruncatedSVD:
     """Computes the leading singular triplets a ≈ u diag(s) vᵀ of every matrix of a batch.
 
@@ -135,6 +140,8 @@ def svd_truncated(
         power_iterations: of the randomized form; None adds them until one gains less than `tolerance` (at
             least one, at most 8).
         tolerance: relative energy that the last power iteration may still gain.
+        is_flat: whether a flat spectrum is expected, which needs more iterations. It matters only where
+            decisions are deferred (see `conditions`) and their number is fixed beforehand: 8 instead of 3.
 
     Returns:
         TruncatedSVD with the energy captured, the residual and the last iteration's gain per matrix.
@@ -176,7 +183,7 @@ def svd_truncated(
     if form == "gram":
         tall = _svd_gram(a if m >= n else a.mT, rank)
     else:
-        tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance)
+        tall = _svd_randomized(a if m >= n else a.mT, rank, seed, power_iterations, tolerance, is_flat)
     if m >= n:
         return tall
     return TruncatedSVD(
@@ -210,18 +217,41 @@ def _gram(a: Tensor | MatrixLike, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
-    """The exact form for m >= n.
+    """The exact form for m >= n: by a float32 Gram matrix where that suffices, else by a float64 one.
+
+    Where decisions are deferred, float64: it serves every spectrum.
+    """
+    total = None
+    if not is_deferred(a.device):
+        found, total = _svd_gram_single(a, rank)
+        if found is not None:
+            return found
+    width = rank + max(cost.OVERSAMPLING, rank // 2)
+    if width > RITZ_UP_TO * a.shape[-1]:
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    gram, found_total = _gram(a, torch.float64)
+    total = found_total if total is None else total
+    if not holds((total > 1e-20) & (total < 1e20)):
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+    block = eigh(gram)[1][..., -width:].to(torch.float32).flip(-1)
+    del gram
+    q, _ = orthonormal(a @ block)
+    u, s, v = _triplets(q, a.mT @ q, rank)
+    return TruncatedSVD(u, s, v, total, "exact", 0, torch.zeros_like(total))
+
+
+def _svd_gram_single(a: Tensor | MatrixLike, rank: int) -> tuple[TruncatedSVD | None, Tensor]:
+    """The exact form for m >= n by a float32 Gram matrix, or None where that does not suffice; and ‖a‖²_F.
 
     The eigenvectors of a float32 Gram matrix are accurate to ε s_1² over the difference of eigenvalues. Two
     steps take the error out: a few much larger directions are weighted down first, and the eigenvectors are
-    then turned until a v has orthogonal columns. Where that does not suffice, the Gram matrix is computed in
-    float64.
+    then turned until a v has orthogonal columns.
     """
     n = a.shape[-1]
     gram, total = _gram(a, torch.float32)
-    if not bool(((total > 1e-20) & (total < 1e20)).all()):
+    if not holds((total > 1e-20) & (total < 1e20)):
         # Squares of such entries leave float32, and zero has no directions: LAPACK scales.
-        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
+        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank), total
     # (Σ s²)² / Σ s⁴: how many equal directions would have this much spread.
     directions = total.square() / gram.double().square().sum((-2, -1))
     if bool((directions < HEADED * n).any()):
@@ -231,17 +261,8 @@ def _svd_gram(a: Tensor | MatrixLike, rank: int) -> TruncatedSVD:
     if bool((values[..., -rank] > GRAM_SINGLE_RATIO * values[..., -1]).all()):
         triplets = _turned(a, vectors[..., -cost.turn_width(n, rank) :].flip(-1), rank)
         if triplets is not None:
-            return TruncatedSVD(*triplets, total, "exact", 0, torch.zeros_like(total))
-    del values, vectors
-    width = rank + max(cost.OVERSAMPLING, rank // 2)
-    if width > RITZ_UP_TO * n:
-        return _svd_lapack(a if isinstance(a, Tensor) else a.dense(), rank)
-    gram, total = _gram(a, torch.float64)
-    block = eigh(gram)[1][..., -width:].to(torch.float32).flip(-1)
-    del gram
-    q, _ = orthonormal(a @ block)
-    u, s, v = _triplets(q, a.mT @ q, rank)
-    return TruncatedSVD(u, s, v, total, "exact", 0, torch.zeros_like(total))
+            return TruncatedSVD(*triplets, total, "exact", 0, torch.zeros_like(total)), total
+    return None, total
 
 
 def _without_head(a: Tensor, gram: Tensor) -> Tensor:
@@ -335,13 +356,19 @@ def _triplets(q: Tensor, z: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_randomized(
-    a: Tensor | MatrixLike, rank: int, seed: int, power_iterations: int | None, tolerance: float
+    a: Tensor | MatrixLike,
+    rank: int,
+    seed: int,
+    power_iterations: int | None,
+    tolerance: float,
+    is_flat: bool,
 ) -> TruncatedSVD:
     """The randomized form for m >= n: power iterations with a itself, or with aᵀa where that costs less."""
     m, n = a.shape[-2:]
     width = min(rank + cost.OVERSAMPLING, m, n)
     limit = MAX_POWER_ITERATIONS if power_iterations is None else power_iterations
-    if limit > 1 and cost.iterates_by_gram(m, n, rank):
+    is_adaptive = not is_deferred(a.device)
+    if limit > 1 and is_adaptive and cost.iterates_by_gram(m, n, rank):
         enough = tolerance if power_iterations is None else -1.0
         found = _iterated_by_gram(a, rank, width, seed, limit, enough)
         if found is not None:
@@ -351,10 +378,16 @@ def _svd_randomized(
         total = _energy(a)
     else:
         y, total = a.sketch(width, seed)
-    q, precision = _basis(y, y.dtype)
+    q, precision = _basis(y, y.dtype) if is_adaptive else (orthonormal(y)[0], None)
     z = a.mT @ q
     captured, done = _energy(z), 0
     gain = torch.ones_like(captured)
+    if power_iterations is None and not is_adaptive:
+        done = MAX_POWER_ITERATIONS if is_flat else DEFERRED_POWER_ITERATIONS
+        q, z, gain = _iterated(a, q, z, done, tolerance)
+        holds(gain <= tolerance)
+        u, s, v = _triplets(q, z, rank)
+        return TruncatedSVD(u, s, v, total, "randomized", done, gain)
     while done < limit:
         # Columns far from dependent stay so when a is applied twice: then one basis per iteration does.
         basis = orthonormal(z)[0] if precision is None else z / _size(z)
@@ -424,6 +457,25 @@ def _size(x: Tensor) -> Tensor:
     """The largest magnitude (..., 1, 1), or 1 for zeros."""
     size = x.abs().amax((-2, -1), keepdim=True)
     return torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _iterated(
+    a: Tensor | MatrixLike, q: Tensor, z: Tensor, count: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes `count` power iterations; a matrix stays as it is after one that gained `tolerance` or less."""
+    captured = _energy(z)
+    gain = torch.ones_like(captured)
+    for _ in range(count):
+        basis, _ = orthonormal(z)
+        next_q, _ = orthonormal(a @ basis)
+        next_z = a.mT @ next_q
+        after = _energy(next_z)
+        goes_on = gain > tolerance
+        gain = torch.where(goes_on, _gain(captured, after), gain)
+        captured = torch.where(goes_on, after, captured)
+        q = torch.where(goes_on[..., None, None], next_q, q)
+        z = torch.where(goes_on[..., None, None], next_z, z)
+    return q, z, gain
 
 
 def svd_flops(m: int, n: int, rank: int, method: SVDMethod) -> float:

@@ -132,7 +132,7 @@ def dc_merge(
         coordinates = (left.coordinates[:, own] * balanced(s, smoothing, rho)) @ right.coordinates[:, own].mT
         thresholds[t] = kth_largest_magnitude(coordinates.unsqueeze(0), counts[t])[0]
         torch.cat([coordinates[block, block].reshape(-1) for block in blocks], out=kept[t])
-    merged = elect_merge(kept, thresholds, torch.tensor(weights, dtype=kept.dtype))
+    merged = elect_merge(kept, thresholds, torch.tensor(weights, dtype=kept.dtype).tolist())
     core = factors.u.new_zeros(size, size)
     offset = 0
     for block, extent in zip(blocks, extents, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
-from dirmerge.linalg import SVDMethod, numerical_rank, polar, svd_flops, svd_truncated
+from dirmerge.linalg import SVDMethod, kept_directions, polar, svd_flops, svd_truncated
 from dirmerge.methods.registry import Cost, register
 from dirmerge.methods.scale import ADAPTER_ALIGNMENT, FULL_ALIGNMENT
 from dirmerge.methods.spectral import between, cover_space
@@ -78,14 +78,14 @@ def iso_c(
             if isinstance(total, LowRank)
             else svd_truncated(total, budget, svd, seed=seed, tolerance=svd_tolerance)
         )
-        kept = triplets.truncated(min(budget, int(numerical_rank(triplets.s, max(tasks.shape)))))
+        kept = triplets.truncated(kept_directions(triplets.s, max(tasks.shape), budget))
         mean = kept.s.mean() if kept.rank else kept.s.sum()
         record.rank = kept.rank
         return MergedDelta(LowRank(kept.u * mean, None, kept.v), record)
     found = polar(total, "exact" if svd == "exact" else "auto", complete=False)
     if found.fallback is not None:
         record.fallbacks.append(f"{found.fallback}; exact form used")
-    mean = (found.q * total).sum(dtype=torch.float64) / max(int(found.rank), 1)
+    mean = (found.q * total).sum(dtype=torch.float64) / found.rank.clamp(min=1)
     return MergedDelta(found.q * mean.to(total.dtype), record)
 
 
@@ -153,16 +153,18 @@ def iso_cts(
     else:
         svd_total = svd_truncated(total, common, svd, seed=seed, tolerance=svd_tolerance)
     del total
-    head = svd_total.truncated(min(common, int(numerical_rank(svd_total.s, max(tasks.shape)))))
+    head = svd_total.truncated(kept_directions(svd_total.s, max(tasks.shape), common))
     us, ss, vs = [], [], []
     for t, weight in enumerate(weights if per_task else []):
         specific = _project_off(tasks[t], head.u)
         if isinstance(specific, LowRank):
-            triplets = specific.svd()
+            triplets = specific.svd(may_depend=True)
         else:
-            triplets = svd_truncated(specific, per_task, svd, seed=seed, tolerance=svd_tolerance)
+            triplets = svd_truncated(
+                specific, per_task, svd, seed=seed, tolerance=svd_tolerance, is_flat=True
+            )
         del specific
-        keep = min(per_task, int(numerical_rank(triplets.s, max(tasks.shape))))
+        keep = kept_directions(triplets.s, max(tasks.shape), per_task)
         kept = triplets.truncated(keep)
         us.append(kept.u)
         ss.append(kept.s * weight)

@@ -111,7 +111,9 @@ def _random_frame(left: torch.Tensor, k: int, seed: int) -> torch.Tensor:
     """Applies M Mᵀ of a Haar-random frame F (m, k) to left: F etf_project(Fᵀ left)."""
     generator = torch.Generator().manual_seed(seed)
     # Made on the CPU, so that a seed means the same frame on every device.
-    gaussian = torch.randn(left.shape[0], k, generator=generator, dtype=left.dtype).to(left.device)
+    gaussian = torch.randn(left.shape[0], k, generator=generator, dtype=left.dtype)
+    if left.is_cuda:
+        gaussian = gaussian.pin_memory().to(left.device, non_blocking=True)
     q, r = torch.linalg.qr(gaussian)
     q = q * r.diagonal().sign()
     projected: torch.Tensor = q @ etf_project(q.mT @ left)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.linalg import single_thread
+from dirmerge.linalg.conditions import number, read
 from dirmerge.methods.spectral import factor_tasks
 from dirmerge.methods.tasks import Factors, MergedDelta, Tasks, kept_ranks
 
@@ -61,6 +62,8 @@ ADAPTER_ALIGNMENT = Scale(alignment=0.6, at_tasks=8)
 
 class AlignmentTerms(NamedTuple):
     """The two sums of an alignment a(D) = numerator / denominator, of one matrix or of several.
+
+    Where decisions are deferred, both are 0-d tensors until they are read (see `linalg.conditions.number`).
 
     Attributes:
         numerator: Σ_t ⟨U_tᵀ D V_t, B_t⟩.
@@ -143,8 +146,8 @@ def _terms(factors: Factors, ranks: list[int], merged: MergedDelta) -> Alignment
     numerator = denominator = 0.0
     for block, s, rank in zip(factors.blocks(), factors.s, ranks, strict=True):
         leading = s[:rank].double()
-        numerator += float((leading * diagonal[block][:rank].double()).sum())
-        denominator += float(leading.square().sum())
+        numerator += number((leading * diagonal[block][:rank].double()).sum())
+        denominator += number(leading.square().sum())
     return AlignmentTerms(numerator, denominator)
 
 
@@ -154,7 +157,7 @@ def align(tasks: Tasks, merged: MergedDelta, target: float, seed: int = 0) -> Me
     Raises:
         ValueError: when a(D) is not positive, so that no λ reaches the target.
     """
-    terms = alignment_terms(tasks, merged, seed)
+    terms = AlignmentTerms(*read(alignment_terms(tasks, merged, seed)))
     if terms.value is None:
         merged.record.notes.append("all deltas are zero: λ has no effect")
         return merged

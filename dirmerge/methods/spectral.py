@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
-from dirmerge.linalg import SVDMethod, TruncatedSVD, gram_root, numerical_rank, polar, svd_truncated
+from dirmerge.linalg import SVDMethod, TruncatedSVD, gram_root, kept_directions, polar, svd_truncated
+from dirmerge.linalg.conditions import holds, is_deferred, number
 from dirmerge.methods.tasks import Factors, MergedDelta, MergeRecord, Tasks
 
 Smoothing = Literal["none", "average", "linear"]
@@ -40,14 +41,14 @@ def factor_tasks(
         if tasks.ranks[t] is None:
             methods.add(triplets.method)
             iterations = max(iterations, triplets.power_iterations)
-            if triplets.method == "randomized" and float(triplets.gain) > svd_tolerance:
+            if triplets.method == "randomized" and not holds(triplets.gain <= svd_tolerance):
                 factors.notes.append(
                     f"{tasks.names[t]}: power iteration {triplets.power_iterations}, the last, still gained "
                     f"{float(triplets.gain):.1e} of energy (svd_tolerance {svd_tolerance:.1e})"
                 )
-        keep = min(rank, int(numerical_rank(triplets.s, max(tasks.shape))))
+        keep = kept_directions(triplets.s, max(tasks.shape), rank)
         kept = triplets.truncated(keep)
-        factors.energy.append(float(kept.energy))
+        factors.energy.append(number(kept.energy))
         if keep < rank:
             factors.notes.append(f"{tasks.names[t]}: only {keep} of {rank} directions stand above rounding")
         if t == 0:
@@ -123,14 +124,15 @@ def cover_space(bases: Tensor, svd: SVDMethod, side: str, record: MergeRecord) -
     completed by arbitrary ones, which would enter the merged update as noise. Of nearly orthogonal bases, as
     those of a few adapters are, the frame stays a product: U G^(−1/2).
     """
-    gram = gram_root(bases)
+    # Which of the two forms is better depends on values; the other one is right for all of them.
+    gram = None if is_deferred(bases) else gram_root(bases)
     if gram is not None and gram.condition > FACTORED_FRAME:
         return Cover(bases, gram.inverse.to(bases.dtype), gram.root.to(bases.dtype))
     found = polar(bases, "exact" if svd == "exact" else "auto", complete=False)
     if found.fallback is not None:
         record.fallbacks.append(f"{side} cover space: {found.fallback}; exact form used")
     full = min(found.q.shape)
-    if int(found.rank) < full:
+    if not holds(found.rank >= full):
         record.notes.append(f"{side} cover space: the tasks span {int(found.rank)} of {full} directions")
     return Cover(found.q, None, found.q.mT @ bases)
 
@@ -168,6 +170,11 @@ def balanced(s: Tensor, smoothing: Smoothing, rho: float = 5.0) -> Tensor:
         return s
     if smoothing == "average":
         return s.mean().expand_as(s)
+    if is_deferred(s):
+        line = 1 + ((s[0] / s[-1]).clamp(max=rho) - 1) * torch.linspace(
+            1.0, 0.0, s.numel(), dtype=s.dtype, device=s.device
+        )
+        return line * (s.sum() / line.sum())
     ratio = min(rho, float(s[0] / s[-1]))
     line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype, device=s.device)
     return line * (s.sum() / line.sum())

@@ -100,7 +100,8 @@ class MergeRecord:
         weights: one per task; a task of weight 0 took no part.
         ranks: per task the directions kept; empty for methods that keep none apart.
         rank: of the factored result, None for a dense one.
-        energy: per task Σ s² of the kept directions over ‖D_t‖²_F.
+        energy: per task Σ s² of the kept directions over ‖D_t‖²_F; 0-d tensors until they are read where
+            decisions are deferred (see `linalg.conditions.number`).
         fallbacks: every place where a method took another road than the one asked for, and why.
         notes: facts worth knowing (directions left out, power iterations, …).
         scale: λ that was multiplied into the result.

@@ -78,5 +78,5 @@ def ties(
         stack[t] = tasks.dense(t)
     count = _kept(density, stack[0].numel())
     thresholds = kth_largest_magnitude(stack, count) if density < 1 else None
-    merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype))
+    merged = elect_merge(stack, thresholds, torch.tensor(weights, dtype=stack.dtype).tolist())
     return MergedDelta(merged, MergeRecord("ties", {"density": density}, tasks.shape))

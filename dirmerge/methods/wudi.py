@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dirmerge.deltas.lowrank import LowRank
+from dirmerge.linalg.conditions import holds, number
 from dirmerge.methods.registry import Cost, register
 from dirmerge.methods.scale import Scale
 from dirmerge.methods.tasks import MergedDelta, MergeRecord, Tasks, sum_tasks
@@ -84,14 +85,14 @@ def wudi(
     target: Tensor | None = None
     for t, weight in enumerate(weights):
         delta = tasks.dense(t)
-        energy = float(delta.square().sum(dtype=torch.float64))
+        energy = delta.square().sum(dtype=torch.float64)
         if gram is None or target is None:
             gram, target = delta.new_zeros(n, n), torch.zeros_like(delta)
-        if energy == 0:
+        if not holds(energy != 0):
             record.notes.append(f"{tasks.names[t]}: zero, left out of the loss")
             continue
         own = delta.mT @ delta
-        own *= weight / energy
+        own *= weight / number(energy)
         gram += own
         target.addmm_(delta, own)
         del own, delta
@@ -124,8 +125,12 @@ def _pseudo_inverse(gram: Tensor, cutoff: float) -> Tensor:
     """H⁺ of a symmetric positive semidefinite H, eigenvalues below cutoff · largest left out, in float64."""
     values, vectors = torch.linalg.eigh(gram.double())
     keep = values > cutoff * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    kept = vectors[:, keep]
-    inverse: Tensor = (kept / values[keep]) @ kept.mT
+    if gram.is_cpu:
+        kept = vectors[:, keep]
+        inverse: Tensor = (kept / values[keep]) @ kept.mT
+    else:
+        # A slice by values would wait for the device.
+        inverse = (vectors * torch.where(keep, 1 / values, 0.0)) @ vectors.mT
     return inverse.to(gram.dtype)
 
 
@@ -142,13 +147,14 @@ def _exact_low_rank(tasks: Tasks, weights: list[float], cutoff: float, record: M
     for t, ((left, right), weight) in enumerate(zip(pairs, weights, strict=True)):
         coordinates = (right.mT @ frame).double()
         square = coordinates.mT @ (left.double().mT @ left.double()) @ coordinates
-        energy = float(square.trace())
-        if energy == 0:
+        energy = square.trace()
+        if not holds(energy != 0):
             record.notes.append(f"{tasks.names[t]}: zero, left out of the loss")
             cores.append(torch.zeros_like(coordinates))
             continue
-        gram += square * (weight / energy)
-        cores.append(coordinates @ square * (weight / energy))
+        factor = weight / number(energy)
+        gram += square * factor
+        cores.append(coordinates @ square * factor)
     core = torch.cat(cores) @ _pseudo_inverse(gram, cutoff)
     left = torch.cat([left for left, _ in pairs], dim=1)
     record.rank = k
