@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dirmerge.linalg import all_finite, kept_directions, polar
+from dirmerge.linalg import all_finite, kept_directions, polar, svd_truncated
+from dirmerge.linalg._common import orthonormal
 from dirmerge.linalg.conditions import careful, deferred, holds, is_deferred, number, optimistic, read
 
 YES, NO = torch.tensor([True, True]), torch.tensor([True, False])
@@ -163,3 +164,56 @@ def test_deferred_newton_schulz_notes_whether_it_converged(generator):
     with deferred(on_cpu=True) as ledger:
         polar(x, "newton_schulz")
     assert not bool(ledger.flag())
+
+
+def test_the_deferred_polar_factor_notes_where_float64_does_not_suffice(generator):
+    u = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64)).Q
+    for smallest, holds_good in ((1e-2, True), (3.5e-7, False)):  # the numerical rank ends at 2.4e-7
+        x = (u * torch.tensor([1.0, smallest])) @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]]).double()
+        with deferred(on_cpu=True) as ledger:
+            found = polar(x.float(), "exact", complete=False)
+        assert int(found.rank) == 2
+        assert bool(ledger.flag()) is holds_good
+
+
+@pytest.mark.parametrize("shape", [(199, 150), (150, 199), (2, 170, 150)])
+def test_deferred_power_iterations_stop_where_the_others_do(shape, generator):
+    flat = torch.randn(shape, generator=generator)
+    headed = flat.clone()
+    headed[..., :4, :] *= 100
+    for x, is_flat, is_enough in ((headed, False, True), (flat, False, False), (flat, True, True)):
+        expected = svd_truncated(x, 5, "randomized", is_flat=is_flat)
+        with deferred(on_cpu=True) as ledger:
+            found = svd_truncated(x, 5, "randomized", is_flat=is_flat)
+        assert bool(ledger.flag()) is is_enough
+        assert found.power_iterations == (8 if is_flat else 3)
+        if is_enough and len(shape) == 2:
+            assert torch.equal(found.dense(), expected.dense())
+            assert torch.equal(found.gain, expected.gain)
+    with deferred(on_cpu=True) as ledger:  # iterations that the caller counts are nobody's condition
+        found = svd_truncated(flat, 5, "randomized", power_iterations=1)
+    assert bool(ledger.flag())
+    assert found.power_iterations == 1
+
+
+def test_deferred_bases_note_dependent_columns(generator):
+    y = torch.randn(70, 33, generator=generator)
+    with deferred(on_cpu=True) as ledger:
+        q, r = orthonormal(y)
+    assert bool(ledger.flag())
+    torch.testing.assert_close(q @ r, y)
+    y[:, 3] = y[:, 2]
+    with deferred(on_cpu=True) as ledger:
+        orthonormal(y)
+    assert not bool(ledger.flag())
+
+
+@pytest.mark.parametrize(("scale", "is_good"), [(1.0, True), (1e-18, False), (1e18, False)])
+def test_the_deferred_exact_svd(scale, is_good, generator):
+    x = scale * torch.randn(230, 200, generator=generator)
+    expected = svd_truncated(x.double(), 20, "exact")
+    with deferred(on_cpu=True) as ledger:
+        found = svd_truncated(x, 20, "exact")
+    assert bool(ledger.flag()) is is_good
+    if is_good:
+        torch.testing.assert_close(found.s.double(), expected.s, rtol=1e-5, atol=0)

@@ -91,7 +91,7 @@ class AdapterTarget:
             NonFiniteError: for NaN or Inf, with file and tensor.
             CheckpointError: if the file cannot be read any more.
         """
-        a, b = (_finite(info, read(info, None, None)).to(device or "cpu") for info in (self.a, self.b))
+        a, b = (_finite(info, read(info, None, None).to(device or "cpu")) for info in (self.a, self.b))
         update = LowRank.from_lora(b, a, self.scaling)
         return update if self.kind == "linear" else update.T
 

@@ -20,7 +20,8 @@ _PIECE = 1 << 20
 class Difference:
     """The matrix W_t − W_0, multiplied tile by tile as the two weights are read; or T of them on one W_0.
 
-    Whatever reads it raises ValueError where the difference is NaN or infinite.
+    Whatever reads it raises ValueError where the difference is NaN or infinite; where decisions are deferred
+    (see `linalg.conditions`) it notes that it is not.
 
     Attributes:
         finetuned: (m, n) W_t, any floating dtype; or a tuple of T such weights of one dtype, a batch that

@@ -25,7 +25,8 @@ CHOLESKY_INDEPENDENCE = 1e-4
 class MatrixLike(Protocol):
     """A matrix (..., m, n) that is only multiplied, never read as a whole; `dirmerge.Difference` is one.
 
-    Every method that reads the matrix raises ValueError where an entry is NaN or infinite.
+    Every method that reads the matrix raises ValueError where an entry is NaN or infinite; where decisions
+    are deferred (see `conditions`) it notes that none is.
     """
 
     @property

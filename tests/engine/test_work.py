@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
+from safetensors.torch import load_file, save_file
 
 from dirmerge import api
 from dirmerge.engine.deltas import DeltaReader
@@ -57,6 +60,20 @@ def test_adapters(tmp_path):
     found = merge_matrices(work, reader, CPU, on_cpu=True)
     assert not any(matrix.is_repeated for matrix in found)
     assert_same(found, merge_matrices(work, reader, CPU))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_factor_that_is_not_finite_is_named(tmp_path, value):
+    write_model(tmp_path / "base", tiny_state())
+    write_adapter_folder(tmp_path / "a", rank=2)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    factors = load_file(file)
+    (name,) = [name for name in factors if "layers.1.mlp.up_proj.lora_B" in name]
+    factors[name][0, 1] = value
+    save_file(factors, file)
+    work, reader = batch(str(tmp_path / "base"), [str(tmp_path / "a")], "average")
+    with pytest.raises(NonFiniteError, match=r"adapter_model.safetensors.*layers\.1\.mlp\.up_proj"):
+        merge_matrices(work, reader, CPU, on_cpu=True)
 
 
 def test_only_the_matrix_whose_conditions_fail_is_merged_again():
