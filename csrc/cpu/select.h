@@ -2,8 +2,12 @@
 //
 // The number is found digit by digit, from the most significant bits down: count the digits of those entries
 // that agree with what is known, and see in which digit the k-th largest lies. After a digit that leaves few
-// entries these are copied out, and the rest is done among them.
+// entries these are copied out, and the rest is done among them. Of many numbers a sample tells two bounds
+// that the number almost surely lies between: one pass counts what is above and copies what is between, and
+// is the only one unless the sample was misleading.
 #pragma once
+
+#include <cmath>
 
 #include "common/parallel.h"
 #include "cpu/kernels.h"
@@ -16,6 +20,9 @@ constexpr int digit_bits = 11;
 constexpr std::int64_t bins = std::int64_t{1} << digit_bits;
 constexpr std::int64_t piece = 1 << 15;  // elements that are read at a time
 constexpr int group = 32;                // elements that are skipped together
+constexpr int narrow_group = 16;         // the same where a few in a hundred are not skipped
+constexpr std::int64_t sample_blocks = 256, sample_block = 256;
+constexpr std::int64_t sample_from = 8 * sample_blocks * sample_block;
 
 // A half-open range of magnitudes' bits: those that agree with the digits found so far.
 template <typename U>
@@ -162,6 +169,103 @@ std::int64_t narrow_search(const Source& source, std::int64_t count, int threads
     return 0;
 }
 
+// Counts the entries above a range and copies those in it. Returns how many were copied, or -1 if there are
+// more than `capacity`.
+template <typename Source, typename U>
+std::int64_t split_at(const Source& source, std::int64_t first, std::int64_t count, Range<U> range, U* buffer,
+                      U* out, std::int64_t capacity, std::int64_t& above) {
+    const U top = range.low + range.width_minus_1;
+    std::int64_t copied = 0;
+    above = 0;
+    for (std::int64_t start = 0; start < count; start += piece) {
+        const std::int64_t size = count - start < piece ? count - start : piece;
+        const U* const x = source.read(first + start, size, buffer);
+        std::int64_t i = 0;
+        for (; i + narrow_group <= size; i += narrow_group) {
+            U higher = 0, inside = 0;
+            for (int l = 0; l < narrow_group; ++l) {
+                const U bits = x[i + l] & magnitude_mask<U>;
+                higher += static_cast<U>(bits > top);
+                inside += static_cast<U>(bits - range.low <= range.width_minus_1);
+            }
+            above += static_cast<std::int64_t>(higher);
+            if (!inside) continue;
+            if (copied + narrow_group > capacity) return -1;
+            for (int l = 0; l < narrow_group; ++l) {
+                const U bits = x[i + l] & magnitude_mask<U>;
+                out[copied] = bits;
+                copied += range.contains(bits);
+            }
+        }
+        if (copied + narrow_group > capacity) return -1;
+        for (; i < size; ++i) {
+            const U bits = x[i] & magnitude_mask<U>;
+            above += bits > top;
+            out[copied] = bits;
+            copied += range.contains(bits);
+        }
+    }
+    return copied;
+}
+
+// Bounds of the k-th largest of `count` numbers, from a sample: six standard deviations of its rank apart.
+template <typename Source, typename U>
+Range<U> sampled_range(const Source& source, std::int64_t count, std::int64_t k) {
+    constexpr std::int64_t size = sample_blocks * sample_block;
+    const Scratch memory(static_cast<std::size_t>(size) * sizeof(U));
+    U* const sample = static_cast<U*>(memory.data());
+    U buffer[sample_block];
+    for (std::int64_t b = 0; b < sample_blocks; ++b) {
+        const U* const x = source.read(b * (count / sample_blocks), sample_block, buffer);
+        std::memcpy(sample + b * sample_block, x, static_cast<std::size_t>(sample_block) * sizeof(U));
+    }
+    const double share = static_cast<double>(k) / static_cast<double>(count);
+    const double rank = share * static_cast<double>(size);
+    const double margin = 6 * std::sqrt(rank * (1 - share)) + 8;
+    const auto bits_at = [&](double wanted) {
+        Search<U> search;
+        search.k = wanted < 1                           ? 1
+                   : wanted > static_cast<double>(size) ? size
+                                                        : static_cast<std::int64_t>(wanted);
+        narrow_search(InMemory<U>{sample}, size, 1, search, static_cast<U*>(nullptr));
+        return search.range.low;
+    };
+    const U high = rank - margin < 1 ? magnitude_mask<U> : bits_at(rank - margin);
+    const U low = rank + margin > static_cast<double>(size) ? U{0} : bits_at(rank + margin);
+    return {low, static_cast<U>(high - low)};
+}
+
+// Finds the number between the bounds that a sample gives; false where it is not there, or too much else is.
+template <typename Source, typename U>
+bool select_by_sample(const Source& source, std::int64_t count, int threads, Search<U>& search, U* kept) {
+    const Range<U> range = sampled_range<Source, U>(source, count, search.k);
+    const std::size_t buffer_size = Source::needs_buffer ? piece : 0;
+    const Scratch buffers_memory(static_cast<std::size_t>(threads) * buffer_size * sizeof(U));
+    const Scratch counts_memory(static_cast<std::size_t>(2 * threads) * sizeof(std::int64_t));
+    U* const buffers = static_cast<U*>(buffers_memory.data());
+    std::int64_t* const counts = static_cast<std::int64_t*>(counts_memory.data());
+    const std::int64_t slice = ((count + threads - 1) / threads + piece - 1) / piece * piece;
+    parallel_for(threads, threads, [&](std::int64_t t) {
+        const std::int64_t start = t * slice < count ? t * slice : count;
+        const std::int64_t size = count - start < slice ? count - start : slice;
+        counts[2 * t] =
+            split_at(source, start, size, range, buffers + static_cast<std::size_t>(t) * buffer_size,
+                     kept + start / 16, size / 16, counts[2 * t + 1]);
+    });
+    std::int64_t inside = 0, above = 0;
+    for (int t = 0; t < threads; ++t) {
+        if (counts[2 * t] < 0) return false;
+        const std::int64_t start = t * slice < count ? t * slice : count;
+        std::memmove(kept + inside, kept + start / 16, static_cast<std::size_t>(counts[2 * t]) * sizeof(U));
+        inside += counts[2 * t];
+        above += counts[2 * t + 1];
+    }
+    if (above >= search.k || above + inside < search.k) return false;
+    search.k -= above;
+    narrow_search(InMemory<U>{kept}, inside, threads_for(inside, threads), search, static_cast<U*>(nullptr));
+    return true;
+}
+
 // The bits of the k-th largest magnitude of `count` numbers.
 template <typename Source>
 typename Source::Bits select(const Source& source, std::int64_t count, std::int64_t k, int threads) {
@@ -170,6 +274,8 @@ typename Source::Bits select(const Source& source, std::int64_t count, std::int6
     search.k = k;
     const Scratch kept_memory(static_cast<std::size_t>(count / 16 + 1) * sizeof(U));
     U* const kept = static_cast<U*>(kept_memory.data());
+    if (count >= sample_from && select_by_sample(source, count, threads_for(count, threads), search, kept))
+        return search.range.low;
     const std::int64_t remaining = narrow_search(source, count, threads_for(count, threads), search, kept);
     if (remaining > 0)
         narrow_search(InMemory<U>{kept}, remaining, threads_for(remaining, threads), search,
