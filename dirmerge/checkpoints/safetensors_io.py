@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import os
 import stat
 import struct
@@ -62,6 +63,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_DIMS = 64
+_OWN_PAGES_FROM = 1 << 20
 _MAX_INT64 = 2**63 - 1
 
 PIECE = 8 << 20
@@ -268,7 +270,7 @@ def read_tensor(
     """
     offset, nbytes, shape = locate(info, start, stop)
     assert info.file is not None  # locate() refuses it
-    raw = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
+    raw = fresh_bytes(nbytes) if into is None else into[:nbytes]
     data = raw.numpy().data
     read_pieces(
         info.file,
@@ -282,6 +284,16 @@ def read_tensor(
     if info.dtype == torch.bool and bool((raw > 1).any()):
         raise CheckpointError(f"{info.file}: tensor {info.name!r} holds bytes that are no booleans")
     return raw.view(info.dtype).view(shape)
+
+
+def fresh_bytes(nbytes: int) -> Tensor:
+    """Returns memory (uint8) that goes back to the system when the tensor is gone.
+
+    Of what is freed, the C library keeps blocks of up to 32 MB per thread for the next who asks.
+    """
+    if nbytes < _OWN_PAGES_FROM:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
 def read_pieces(

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from dirmerge.errors import RecipeError
-from dirmerge.planning import Plan
+from dirmerge.planning import Plan, TensorPlan
 from dirmerge.planning.plan import CHUNK_BYTES
 from dirmerge.recipe import parse_size
 
 CPU = torch.device("cpu")
 
 # Bytes that may be read ahead, and bytes of results that may wait to be written, where no budget is given.
-AHEAD = 256 << 20
-BEHIND = 128 << 20
+AHEAD = 128 << 20
+BEHIND = 64 << 20
 # What a process holds beside its tensors on a device: the context, and the libraries' workspaces.
 DEVICE_RESERVE = 1 << 30
 
@@ -129,7 +129,7 @@ class Budget:
     @classmethod
     def of_plan(cls, compute: Compute, plan: Plan) -> Budget:
         """Shares the memory for a plan; RecipeError as `of`."""
-        largest = max((tensor.peak_bytes for tensor in plan.tensors), default=0)
+        largest = max((_peak(plan, tensor, compute) for tensor in plan.tensors), default=0)
         return cls.of(compute, largest, CHUNK_BYTES, resident_bytes(), plan.origin)
 
     @classmethod
@@ -161,8 +161,8 @@ class Budget:
                 f"tensor, {2 * smallest_ahead} to read and write)"
             )
         spare = compute.memory - used - work
-        ahead = max(smallest_ahead, min(spare // 2, 4 * AHEAD))
-        behind = max(smallest_ahead, min(spare // 4, 4 * BEHIND))
+        ahead = max(smallest_ahead, min(spare // 2, 8 * AHEAD))
+        behind = max(smallest_ahead, min(spare // 4, 8 * BEHIND))
         # On a device also the rows in the making and the results on their way back take their share.
         behind = behind if on_cpu else min(behind, (compute.memory - largest) // 4)
         device_spare = 0 if on_cpu else max(0, min(compute.memory, free) - largest - behind)
@@ -172,6 +172,13 @@ class Budget:
     def waiting_on(self, devices: Sequence[torch.device]) -> dict[torch.device, int]:
         """Returns the bytes of updates that may wait on each device and in the host's memory."""
         return {CPU: self.waiting} | {d: self.device_waiting for d in devices if d.type != "cpu"}
+
+
+def _peak(plan: Plan, tensor: TensorPlan, compute: Compute) -> int:
+    """Returns what a tensor needs at its fullest; a GPU selects thresholds in a difference that it forms."""
+    form = plan.method.rows
+    by_rows = form is not None and form.threshold is not None and tensor.rule == "merge"
+    return tensor.peak_bytes + (12 * tensor.numel if by_rows and not compute.on_cpu else 0)
 
 
 def device_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import PIECE
+from dirmerge.checkpoints.safetensors_io import PIECE, fresh_bytes
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.reading import InputFiles, Read
 from dirmerge.engine.rules import Made, RowRule, Step
@@ -148,7 +148,8 @@ class ItemJobs:
 class _Buffers:
     """Memory that jobs use one after the other: fresh pages cost as much as a copy."""
 
-    LARGEST = 2 * PIECE
+    LARGEST = PIECE
+    TOTAL = 6 * PIECE
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -174,9 +175,10 @@ class _Buffers:
             fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.numel() <= 2 * size + PIECE]
             if fitting:
                 return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
-        return torch.empty(size, dtype=torch.uint8)
+        return fresh_bytes(size)
 
     def give(self, buffer: Tensor) -> None:
-        if buffer.numel() <= self.LARGEST:
-            with self._lock:
+        with self._lock:
+            held = sum(other.numel() for other in self._free)
+            if buffer.numel() <= self.LARGEST and held + buffer.numel() <= self.TOTAL:
                 self._free.append(buffer)

@@ -18,7 +18,7 @@ from dirmerge.methods import Method, get_method
 from dirmerge.planning.inputs import Input, Inputs, Place, reopen_inputs
 from dirmerge.recipe import Setting, parse_setting
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 """Rows are read, made and written in chunks of about this size in float32: a few fit a CPU's cache."""
 
 WHOLE_BYTES = 128 << 20

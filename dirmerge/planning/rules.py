@@ -315,8 +315,7 @@ class OutputPlanner:
                 whole = (len(active) + 1) * stored
                 if whole > WHOLE_BYTES:
                     notes.append("is read twice: it is too large to be held for all models at once")
-                # Beside the weights one difference, and what its selection needs.
-                peak += min(whole, max(WHOLE_BYTES, 2 * stored)) + 12 * draft.numel
+                peak += min(whole, max(WHOLE_BYTES, 2 * stored))
         return self.finish(
             replace(
                 draft,
