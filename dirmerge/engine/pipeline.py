@@ -412,7 +412,8 @@ def extend(record: TensorRecord, found: MergedMatrix) -> None:
     if record.energy and len(record.energy) == len(energy):
         energy = [min(pair) for pair in zip(record.energy, energy, strict=True)]
     record.energy = energy
-    for mine, theirs in ((record.fallbacks, own.fallbacks), (record.notes, own.notes)):
+    repeated = ["merged again, with every decision read from the device"] if found.is_repeated else []
+    for mine, theirs in ((record.fallbacks, own.fallbacks), (record.notes, [*own.notes, *repeated])):
         mine.extend(text for text in theirs if text not in mine)
 
 

@@ -80,6 +80,7 @@ class Workers:
         self._order = itertools.count()
         self._change = threading.Condition()
         self._on_stop: list[Callable[[], None]] = []
+        self._ready = threading.Barrier(count + 1)
         self._threads = [
             threading.Thread(target=self._work, name=f"dirmerge-worker-{i}", daemon=True)
             for i in range(count)
@@ -90,13 +91,13 @@ class Workers:
         for thread in self._threads:
             thread.start()
         # What a worker sets for itself also becomes the default of threads that begin later.
+        self._ready.wait()
         torch.set_num_threads(threads)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        threads = torch.get_num_threads()
         with self._change:
             self._closed = True
             if kind is not None:
@@ -104,7 +105,6 @@ class Workers:
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
-        torch.set_num_threads(threads)
 
     def on_stop(self, action: Callable[[], None]) -> None:
         """Calls an action when an error stops the workers: it must wake what waits inside jobs."""
@@ -216,7 +216,9 @@ class Workers:
             return job, fed
 
     def _work(self) -> None:
+        torch.get_num_threads()  # the first call in a thread takes the default over
         torch.set_num_threads(1)
+        self._ready.wait()
         while (begun := self._begin()) is not None:
             job, fed = begun
             before = time.perf_counter()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -641,3 +643,55 @@ def test_progress_counts_every_tensor_in_both_passes(models):
     assert steps[-1].work == pytest.approx(1)
     assert steps[-1].written_bytes == steps[-1].output_bytes == sum(v.nbytes for v in BASE.values())
     assert {step.phase for step in steps} == {"merge", "write"}
+
+
+@pytest.mark.parametrize(
+    "keys", [{"method": "task_arithmetic"}, {"method": "ties"}, {"method": "iso_cts", "scale": 1}]
+)
+def test_every_byte_of_the_inputs_is_read_once(models, keys):
+    result = api.merge(recipe(models, **keys), models / "out")
+    sizes = sum((models / name / "model.safetensors").stat().st_size for name in ("base", "m0", "m1", "m2"))
+    assert result.read_bytes == sizes
+    assert json.loads((models / "out" / "dirmerge.json").read_text())["read_bytes"] == sizes
+    for path, digest in result.hashes.items():
+        assert digest == blake3(Path(path).read_bytes()).hexdigest()
+
+
+def test_with_one_scale_for_the_model_only_the_base_is_read_twice(models):
+    result = api.merge(recipe(models, method="dc_merge", alignment=0.5), models / "out")
+    sizes = sum((models / name / "model.safetensors").stat().st_size for name in ("base", "m0", "m1", "m2"))
+    again = sum(4 * math.prod(MATRICES[name.removesuffix(".weight")]) for name in MATRIX_NAMES)
+    assert result.read_bytes == sizes + again
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "average"])
+def test_rows_from_the_stored_weights_equal_the_method(models, method, monkeypatch):
+    """The pass over rows gives what merge_deltas gives, chunk by chunk, whole or one fine-tune at a time."""
+    entries = [{"model": str(models / f"m{t}"), "parameters": {"weight": 0.5 + t}} for t in range(3)]
+    rule = recipe(models, method=method, models=entries, **({} if method == "average" else {"scale": 0.8}))
+    for sizes in ({}, {"CHUNK_BYTES": 4 * 16 * 5}, {"CHUNK_BYTES": 4 * 16 * 5, "WHOLE_BYTES": 0}):
+        for name, value in sizes.items():
+            monkeypatch.setattr(rules, name, value)
+        found = api.merge(rule).state_dict
+        for name, base in BASE.items():
+            merged = merge_deltas(deltas(name), method, weights=[0.5, 1.5, 2.5]).dense()
+            expected = base.double() + (1.0 if method == "average" else 0.8) * merged
+            assert_close(found[name], expected, 1e-6)
+
+
+@pytest.mark.parametrize("stage", ["read", "make", "write"])
+def test_an_error_in_any_stage_stops_all_and_leaves_nothing(models, monkeypatch, stage):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if stage == "read":
+        monkeypatch.setattr("dirmerge.checkpoints.safetensors_io.fill", fail)
+    elif stage == "make":
+        monkeypatch.setattr(rules.FormedRows, "make", fail)
+    else:
+        monkeypatch.setattr("os.pwrite", fail)
+    before = {path.name for path in models.iterdir()}
+    with pytest.raises((OSError, OutputError), match="No space left"):
+        api.merge(recipe(models, method="ties"), models / "out")
+    assert {path.name for path in models.iterdir()} == before
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("dirmerge")]
