@@ -62,7 +62,9 @@ class Job:
             fits = self._fit(plan, checkpoint, "rotation" if method == "rotation" else "ridge")
         heads = {fit.name: fit.head for fit in fits}
         notes = [*self.notes, *merged.notes]
-        return AlignResult(folder, method, merged, heads, fits, None, self.compute.to_dict(), notes)
+        return AlignResult(
+            folder, method, merged, heads, fits, None, self.compute.on_first().to_dict(), notes
+        )
 
     def _merge(self, plan: Plan, folder: Path) -> MergeResult:
         def step(value: Progress) -> None:
@@ -155,7 +157,7 @@ class Job:
                 "most with those of the fine-tunes"
             )
         heads = {source.name: head for source, head in zip(self.sources, found.heads, strict=True)}
-        method, ran = self.section.method, self.compute.to_dict()
+        method, ran = self.section.method, self.compute.on_first().to_dict()
         return AlignResult(folder, method, result, heads, fits, found, ran, notes)
 
     def _learn(
