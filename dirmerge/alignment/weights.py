@@ -85,7 +85,7 @@ class ScaledUpdates:
         self._given = model
         # λ is a handful of numbers: float64 costs nothing and keeps the sums of a block exact.
         rows = [[start[group]] * self.components for group in self.groups]
-        self.start = torch.tensor(rows, dtype=torch.float64, device=device)
+        self.start = torch.tensor(rows, dtype=torch.float64).to(device)
         # The other weights are detached: they need no gradient, and the module's own must not collect one.
         frozen = {name: value.detach() for name, value in model.module.named_parameters()}
         leaves = {entry.name: entry.weight for entry in self._entries}
@@ -144,7 +144,7 @@ class ScaledUpdates:
 
     def scales_of(self, scales: Tensor) -> dict[str, list[float]]:
         """Returns λ of every parameter, one number per component."""
-        rows = scales.tolist()
+        rows = scales.cpu().tolist()
         return {entry.name: list(rows[entry.group]) for entry in self._entries}
 
 

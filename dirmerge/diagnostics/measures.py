@@ -201,7 +201,9 @@ def compare_spaces(bases: Tensor, blocks: Sequence[slice]) -> SpacePairs:
             cross = gram[a, b]
             angles = _angles(cross).rad2deg()
             # One wait for the device, not three.
-            energy, mean, smallest = torch.stack((cross.square().sum(), angles.mean(), angles.min())).tolist()
+            energy, mean, smallest = (
+                torch.stack((cross.square().sum(), angles.mean(), angles.min())).cpu().tolist()
+            )
             found = (
                 (pairs.overlap, energy / min(sizes)),
                 (pairs.chance, chance_overlap(bases.shape[0], *sizes)),
@@ -417,7 +419,7 @@ def sign_conflicts(blocks: Iterable[Tensor]) -> SignConflicts:
         # Where the sum is 0 both halves oppose each other: each counts half.
         sizes = torch.where(total == 0, 0.5 * sizes, sizes * (block * total.sign() < 0))
         against = against + sizes.sum((1, 2), dtype=torch.float64)
-    counts = [0] if isinstance(entries, int) else entries.tolist()
+    counts = [0] if isinstance(entries, int) else entries.cpu().tolist()
     changed, conflicting = sum(counts[1:]), int(conflicts)
     expected = sum(count * (1 - 2.0 ** (1 - c)) for c, count in enumerate(counts) if c)
     if changed == 0 or isinstance(against, float) or isinstance(magnitude, float):
@@ -425,7 +427,7 @@ def sign_conflicts(blocks: Iterable[Tensor]) -> SignConflicts:
         return SignConflicts(0.0, 0.0, 0.0, [0.0] * tasks)
     by_task = against / magnitude.where(magnitude > 0, torch.ones_like(magnitude))
     opposed = float(against.sum() / magnitude.sum())
-    return SignConflicts(conflicting / changed, expected / changed, opposed, by_task.tolist())
+    return SignConflicts(conflicting / changed, expected / changed, opposed, by_task.cpu().tolist())
 
 
 def accumulation(total: Tensor, tasks: Sequence[Tensor], count: int = 8) -> list[float]:
