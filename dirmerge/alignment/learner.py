@@ -135,8 +135,10 @@ class Learner:
 
     def _ask(self, own: Iterable[Model | torch.nn.Module]) -> None:
         """Runs every task's fine-tune on its watched batches, for the classes it predicts."""
-        for t, (task, source) in enumerate(paired([state.task for state in self.tasks], own)):
-            state = self.tasks[t]
+        states = {state.task.name: state for state in self.tasks}
+        # enumerate() would hold a fine-tune while the next one is made.
+        for task, source in paired([state.task for state in self.tasks], own):
+            state = states[task.name]
             model = source if isinstance(source, Model) else Model(source)
             with autocast(self.device, self.options.bf16):
                 z = torch.cat([task.read(model, state.batches[i]) for i in state.watched])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import dirmerge
 from dirmerge.alignment import AlignmentTask, CallableHead, Head, Model, write_head
+from dirmerge.alignment.sources import TaskSource
 from dirmerge.alignment.stored import fill
 from dirmerge.cli import app
 from dirmerge.engine import pipeline
@@ -84,13 +85,19 @@ def test_no_second_copy_of_a_model_is_in_memory(models, tmp_path, monkeypatch, m
     size = sum(parameter.numel() for parameter in base_model.parameters())
     del base_model
     gc.collect()
-    before, seen, run = live_bytes(), [], Model.run
+    before, seen, run, make = live_bytes(), [], Model.run, TaskSource.module
 
     def counted(self: Model, batch: Any) -> Any:
         seen.append(live_bytes() - before)
         return run(self, batch)
 
+    def counted_module(self: TaskSource, *arguments: Any, **options: Any) -> torch.nn.Module:
+        module = make(self, *arguments, **options)
+        seen.append(live_bytes() - before)
+        return module
+
     monkeypatch.setattr(Model, "run", counted)
+    monkeypatch.setattr(TaskSource, "module", counted_module)
     dirmerge.align(plain, tmp_path / "out")
     assert most - 0.2 < max(seen) / (4 * size) < most + 0.4
     assert not (tmp_path / "out" / "start").exists()
