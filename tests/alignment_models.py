@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ WORDS = [f"w{i}" for i in range(40)]
 
 def write_models(folder: Path, width: int = D) -> None:
     """Writes base (an encoder), a and b (its fine-tunes with classifiers of 2 and 3 classes), and texts."""
-    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
+
+    transformers: Any = importlib.import_module("transformers")
 
     def config(labels: int) -> Any:
         return transformers.BertConfig(

@@ -160,9 +160,10 @@ def test_batches_and_maps_go_where_the_model_is():
     model.module.to(meta)
     task = tasks()[0]
     assert task.read(model, task.batch_list()[0]).device == meta
-    keyed = AlignmentTask("keyed", [{"x": task.batch_list()[0]}], task.head, features)
-    assert keyed.read(model, keyed.batch_list()[0]).device == meta
-    assert keyed.batch_list()[0]["x"].device.type == "cpu"  # the caller's batch stays
+    batch = {"x": task.batch_list()[0]}
+    keyed = AlignmentTask("keyed", [batch], task.head, features)
+    assert keyed.read(model, batch).device == meta
+    assert batch["x"].device.type == "cpu"  # the caller's batch stays
     assert CallableHead(torch.sign, torch.eye(2)).on(meta).matrix.device == meta
     assert CallableHead(torch.sign).on(meta).matrix is None
 
