@@ -53,7 +53,7 @@ class Job:
         self.recipe = _changed(recipe, tensors=(*rules, *recipe.tensors)) if rules else recipe
 
     def run(self, folder: Path, state: str | Path | None) -> AlignResult:
-        """Merges into `folder` and aligns the features of every task; needs room for a second folder."""
+        """Merges into `folder` and aligns every task; a learned form uses `start` beside it for a while."""
         method = self.section.method
         if method in ("learned", "adamerging"):
             return self._learned(folder, state)
