@@ -1,7 +1,8 @@
-"""What this installation has: versions, native library, backends, and how to get what is missing."""
+"""What this machine and this installation have, and how to get what is missing."""
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,6 +36,11 @@ class Report:
         cuda: the same of the CUDA library.
         backends: (op, device, dtype, implementation, why not a faster one).
         threads: torch's threads.
+        compute: what `--device auto` would choose, and why (Compute.to_dict()).
+        host: processors of the machine and those this process may use, bytes of memory in all and available;
+            None where the system does not tell.
+        gpus: per GPU its device, name, compute capability, and bytes of memory in all and free; `error`
+            instead of the memory where the driver does not tell.
         advice: what is missing and how to get it; empty when all is there.
     """
 
@@ -43,6 +49,9 @@ class Report:
     cuda: dict[str, str] | str
     backends: list[tuple[str, str, str, str, str]]
     threads: int
+    compute: dict[str, Any]
+    host: dict[str, int | None]
+    gpus: list[dict[str, Any]]
     advice: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,6 +63,9 @@ class Report:
             "cuda": self.cuda,
             "backends": [dict(zip(keys, row, strict=True)) for row in self.backends],
             "threads": self.threads,
+            "compute": self.compute,
+            "host": self.host,
+            "gpus": self.gpus,
             "advice": self.advice,
         }
 
@@ -64,6 +76,7 @@ def examine() -> Report:
 
     from dirmerge import __version__
     from dirmerge.backends import cuda, native_build_info
+    from dirmerge.engine.compute import Compute
 
     versions: dict[str, str | None] = {"dirmerge": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in (*REQUIRED, *DEMO)}
@@ -79,13 +92,23 @@ def examine() -> Report:
         if cuda.missing():
             advice.append(f"without CUDA C++ kernels Triton and torch serve the GPU: {cuda.missing()}")
     else:
-        advice.append("no CUDA device is visible to torch: everything runs on the CPU")
+        advice.append(f"{_why_no_gpu()}: everything runs on the CPU")
     missing = [name for name in DEMO if versions[name] is None]
     if missing:
         advice.append(
             f"{', '.join(missing)} missing, which only the demo needs: pip install 'dirmerge[demo]'"
         )
-    return Report(versions, native, cuda.build_info(), rows, torch.get_num_threads(), advice)
+    return Report(
+        versions=versions,
+        native=native,
+        cuda=cuda.build_info(),
+        backends=rows,
+        threads=torch.get_num_threads(),
+        compute=Compute.resolve().to_dict(),
+        host=_host(),
+        gpus=_gpus(),
+        advice=advice,
+    )
 
 
 def table() -> list[Row]:
@@ -110,6 +133,52 @@ def table() -> list[Row]:
                         break
                     reasons.append(reason)
     return rows
+
+
+def _host() -> dict[str, int | None]:
+    """Returns processors and memory of the machine."""
+    memory: dict[str, int] = {}
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            pairs = (line.partition(":")[::2] for line in file)
+            memory = {key: int(rest.split()[0]) * 1024 for key, rest in pairs if rest.strip().endswith("kB")}
+    except (OSError, ValueError):
+        pass  # another system: unknown
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processors": os.cpu_count(),
+        "usable_processors": usable,
+        "memory": memory.get("MemTotal"),
+        "available_memory": memory.get("MemAvailable"),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """Returns what is known of every GPU that is visible."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        name = torch.cuda.get_device_name(number)
+        found.append({"device": f"cuda:{number}", "name": name, "capability": f"{major}.{minor}"})
+        try:
+            free, total = torch.cuda.mem_get_info(number)
+            found[-1] |= {"free_memory": free, "memory": total}
+        except RuntimeError as error:
+            found[-1]["error"] = str(error).partition("\n")[0]
+    return found
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"torch sees no GPU, with CUDA_VISIBLE_DEVICES={visible!r}"
+    return "torch sees no GPU; nvidia-smi tells whether the driver does"
 
 
 def _version(name: str) -> str | None:

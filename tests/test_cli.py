@@ -11,8 +11,10 @@ from helpers import tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dirmerge import __version__, api
+from dirmerge import __version__, api, doctor
 from dirmerge.cli import app
+from dirmerge.engine.compute import Compute
+from dirmerge.engine.result import compute_text
 
 BASE = tiny_state()
 
@@ -163,6 +165,65 @@ def test_doctor():
     report = json.loads(call("doctor", "--json").stdout)
     assert report["versions"]["torch"] == torch.__version__
     assert {row["op"] for row in report["backends"]} >= {"delta", "elect_merge", "lowrank_add"}
+    assert report["compute"] == Compute.resolve().to_dict()
+    assert compute_text(report["compute"]) in done.stdout
+    assert 0 < report["host"]["usable_processors"] <= report["host"]["processors"]
+    assert 0 < report["host"]["available_memory"] < report["host"]["memory"]
+    assert len(report["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_doctor_lists_every_gpu(monkeypatch):
+    """Two cards that are not there; the driver does not tell the second one's memory."""
+    names = ["Card A", "Card B"]
+
+    def memory(device):
+        if device == 1:
+            raise RuntimeError("out of memory\nand more lines")
+        return 30 * 10**9, 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[getattr(device, "index", device)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(doctor, "table", list)  # the backends ask the driver
+    report = json.loads(call("doctor", "--json").stdout)
+    assert report["compute"]["devices"] == ["cuda:0 (Card A)", "cuda:1 (Card B)"]
+    assert "every GPU that is visible" in report["compute"]["reason"]
+    first = {"device": "cuda:0", "name": "Card A", "capability": "9.0"}
+    assert report["gpus"][0] == first | {"free_memory": 30 * 10**9, "memory": 80 * 10**9}
+    assert report["gpus"][1]["error"] == "out of memory"
+    text = call("doctor").stdout
+    assert "Card A, compute capability 9.0, 30.0 GB free of 80.0 GB" in text
+    assert "Card B, compute capability 9.0, out of memory" in text
+    assert not any("everything runs on the CPU" in line for line in report["advice"])
+
+
+def test_doctor_says_why_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert f"torch {torch.__version__} is built without CUDA: everything runs on the CPU" in advice()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "torch sees no GPU, with CUDA_VISIBLE_DEVICES='': everything runs on the CPU" in advice()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert any("nvidia-smi tells whether the driver does" in line for line in advice())
+
+
+def advice():
+    return json.loads(call("doctor", "--json").stdout)["advice"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_inspect_shows_where_it_ran_and_refuses_a_gpu_that_is_not_there(models):
+    done = call("inspect", models / "recipe.yml", "--device", "cpu", "--threads", 1)
+    assert "cpu (asked for), 1 threads" in done.stdout
+    done = call("inspect", models / "recipe.yml", "--device", "cuda", "--html", models / "page.html")
+    assert done.exit_code == 2
+    text = " ".join(done.stderr.replace("│", " ").split())
+    assert "device 'cuda' was asked for, but torch sees no CUDA device" in text
+    assert not (models / "page.html").exists()
 
 
 def test_demo_without_its_packages_says_what_to_install(monkeypatch):

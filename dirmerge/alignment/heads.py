@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,6 +89,11 @@ class Head:
         bias = bias.detach().clone() if isinstance(bias, Tensor) else None
         return cls(weight.detach().clone(), bias, labels=labels)
 
+    def on(self, device: torch.device) -> Head:
+        """Returns the head with its weight and bias on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
     @property
     def classes(self) -> int:
         """Number of classes C."""
@@ -128,6 +133,10 @@ class CallableHead:
 
     function: Callable[[Tensor], Tensor]
     matrix: Tensor | None = None
+
+    def on(self, device: torch.device) -> CallableHead:
+        """Returns the head with its map on a device; the function is the caller's and stays as it is."""
+        return CallableHead(self.function, None if self.matrix is None else self.matrix.to(device))
 
     def prepare(self, features: Tensor) -> Tensor:
         """The features themselves."""

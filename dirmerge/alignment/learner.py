@@ -79,7 +79,8 @@ class Learner:
             count = min(options.watch, len(batches))
             watched = [round(i * (len(batches) - 1) / max(1, count - 1)) for i in range(count)]
             start_map = None if maps is None else maps[t].detach().to(self.device)
-            self.tasks.append(_TaskState(task, as_head(task.head), batches, start_map, watched))
+            head = as_head(task.head).on(self.device)
+            self.tasks.append(_TaskState(task, head, batches, start_map, watched))
         self.own = own
         self.scales = weights.start.clone()
         self.first = torch.zeros_like(self.scales)
@@ -134,12 +135,15 @@ class Learner:
 
     def _ask(self, own: Iterable[Model | torch.nn.Module]) -> None:
         """Runs every task's fine-tune on its watched batches, for the classes it predicts."""
-        for t, (task, source) in enumerate(paired([state.task for state in self.tasks], own)):
-            state = self.tasks[t]
+        states = {state.task.name: state for state in self.tasks}
+        # enumerate() would hold a fine-tune while the next one is made.
+        for task, source in paired([state.task for state in self.tasks], own):
+            state = states[task.name]
             model = source if isinstance(source, Model) else Model(source)
             with autocast(self.device, self.options.bf16):
                 z = torch.cat([task.read(model, state.batches[i]) for i in state.watched])
             state.reference = state.head.logits(z.to(self.device)).argmax(1).cpu()
+            del source, model  # before the next one is made
 
     def go(self, path: Path | None, progress: Callable[[LearnProgress], None] | None) -> Learned:
         """Runs the remaining steps, saves the state at every check, and returns the best state."""
@@ -291,7 +295,11 @@ class Learner:
                 matrix = state.best if matrix is None else matrix @ state.best
             matrices.append(matrix)
         pairs = zip(self.tasks, matrices, strict=True)
-        heads = [state.head if matrix is None else state.head.folded(matrix) for state, matrix in pairs]
+        # A head stays where the caller has it.
+        heads = [
+            head if matrix is None else head.folded(matrix)
+            for head, matrix in ((as_head(state.task.head), matrix) for state, matrix in pairs)
+        ]
         return Learned(
             model=self.weights.merged(),
             scales=self.weights.scales_of(self.best_scales),
@@ -341,7 +349,7 @@ class Learner:
             "history": [reading.to_dict() for reading in self.history if math.isfinite(reading.loss)],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_pair(path, self._tensors(), content)
+        write_pair(path, {name: value.cpu() for name, value in self._tensors().items()}, content)
 
     def restore(self, path: Path) -> None:
         """Restores a saved state.

@@ -12,7 +12,6 @@ from dirmerge.alignment.learned import Learned, LearnProgress
 from dirmerge.alignment.learner import Learner
 from dirmerge.alignment.model import AlignmentTask, Model
 from dirmerge.alignment.weights import ScaledUpdates
-from dirmerge.deltas.lowrank import LowRank
 from dirmerge.methods.tasks import Delta
 from dirmerge.recipe.align import LearnOptions
 
@@ -36,7 +35,8 @@ def learn(
 
     Args:
         model: the base model, with the fixed updates (means of vectors) already in it; in evaluation mode.
-        updates: D by parameter name, LowRank ones stay factored; or per name several, one λ each.
+        updates: D by parameter name, LowRank ones stay factored; or per name several, one λ each. They are
+            copied to the model's device.
         tasks: unlabelled batches, heads, feature readers.
         options: default LearnOptions().
         scale: λ at the start, one for all or by name.
@@ -66,8 +66,7 @@ def learn(
     """
     chosen = options or LearnOptions()
     base = model if isinstance(model, Model) else Model(model)
-    components = {name: [d] if isinstance(d, Tensor | LowRank) else list(d) for name, d in updates.items()}
-    run = Learner(base, ScaledUpdates(base, components, scale, chosen.per), tasks, chosen, maps, own)
+    run = Learner(base, ScaledUpdates(base, updates, scale, chosen.per), tasks, chosen, maps, own)
     path = None if state is None else Path(state).expanduser()
     if path is not None and path.exists():
         run.restore(path)

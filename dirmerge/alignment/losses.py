@@ -86,12 +86,12 @@ def etf_targets(
         )
     if not isinstance(head, Head):
         raise ValueError("targets='head' needs a head of class vectors, got a function; use targets='random'")
-    centred = head.weight.detach().cpu().double()
+    centred = head.weight.detach().double()
     centred = centred - centred.mean(0)
     if classes > d + 1:
         frame = polar(centred, "exact").q
         return torch.nn.functional.normalize(frame, dim=-1).float()
-    vertices = simplex_etf(classes, classes - 1, dtype=torch.float64).T
+    vertices = simplex_etf(classes, classes - 1, dtype=torch.float64).T.to(centred.device)
     frame = polar((vertices.T @ centred).mT, "exact").q.mT
     return (vertices @ frame).float()
 

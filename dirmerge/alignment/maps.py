@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.alignment.heads import CallableHead, Head, as_head
-from dirmerge.alignment.model import AlignmentTask, Model, paired, read_features
+from dirmerge.alignment.model import AlignmentTask, Model, device_of, paired, read_features
 from dirmerge.linalg import procrustes
 
 MapKind = Literal["rotation", "ridge"]
@@ -128,7 +128,7 @@ def closed_form(
         bf16: run the models under bfloat16 autocast.
 
     Returns:
-        One TaskMap per task.
+        One TaskMap per task, on the CPU; the maps are computed on the merged model's device.
 
     Raises:
         ValueError: as many fine-tunes as tasks are needed, features must fit, and held_out lie in [0, 1).
@@ -141,6 +141,7 @@ def closed_form(
     results = []
     for task, source in paired(tasks, own):
         b = source if isinstance(source, Tensor) else read_features(source, task, bf16=bf16)
+        del source  # before the next one is made
         a = read_features(merged, task, bf16=bf16)
         if a.shape != b.shape:
             raise ValueError(
@@ -148,7 +149,9 @@ def closed_form(
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
         control = None if base is None else read_features(base, task, bf16=bf16)
-        results.append(fit_task(task, a, b, control, kind=kind, ridge=ridge, held_out=held_out))
+        results.append(
+            fit_task(task, a, b, control, kind=kind, ridge=ridge, held_out=held_out, device=device_of(merged))
+        )
     return results
 
 
@@ -161,25 +164,40 @@ def fit_task(
     kind: MapKind,
     ridge: float,
     held_out: float,
+    device: torch.device | None = None,
 ) -> TaskMap:
-    """Fits one task's map from its features; see closed_form."""
-    head = as_head(task.head)
+    """Fits one task's map from its features; see closed_form.
+
+    Args:
+        task: its name and head.
+        a: (n, d) features of the merged model.
+        b: (n, d) features of the task's own fine-tune.
+        control: (n, d) features of the base, None for no control.
+        kind: rotation or ridge.
+        ridge: strength of the ridge.
+        held_out: fraction of the inputs that the reported fits are measured on.
+        device: where maps and fits are computed; default: where `a` is.
+    """
+    device = a.device if device is None else device
+    a, b = a.to(device), b.to(device)
+    head = as_head(task.head).on(device)
     n = a.shape[0]
     # Every k-th input is held out, not the last ones: inputs are often sorted by length or class.
     aside = torch.zeros(n, dtype=torch.bool)
     if held_out > 0 and n > 1:
         aside[torch.linspace(0, n - 1, max(1, int(held_out * n))).round().long()] = True
     count = int(aside.sum())
-    train, test = (~aside, aside) if count else (~aside, ~aside)
+    train, test = ((~aside).to(device), aside.to(device)) if count else (slice(None), slice(None))
     matrix = feature_map(a, b, kind, ridge)
     fitted = feature_map(a[train], b[train], kind, ridge) if count else matrix
     found = None
     if control is not None:
+        control = control.to(device)
         found = _fit(head, control[test] @ feature_map(control[train], b[train], kind, ridge), b[test])
     return TaskMap(
         task.name,
-        matrix,
-        head.folded(matrix),
+        matrix.cpu(),
+        as_head(task.head).folded(matrix.cpu()),
         n,
         count,
         _fit(head, a[test], b[test]),

@@ -102,12 +102,12 @@ class AlignmentTask:
         object.__setattr__(self, "head", as_head(self.head))
 
     def read(self, model: Model, batch: Batch) -> Tensor:
-        """(n, d) features of one batch as the head wants them, in float32 or wider.
+        """(n, d) features of one batch as the head wants them, in float32 or wider, on the model's device.
 
         Raises:
             ValueError: the reader gave something else.
         """
-        found = self.features(model, batch)
+        found = self.features(model, batch_on(batch, device_of(model)))
         if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"task {self.name}: features must be a floating tensor (n, d), got {shape}")
@@ -132,6 +132,16 @@ def device_of(model: Model) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def batch_on(batch: Batch, device: torch.device) -> Batch:
+    """Returns a batch with its tensors on a device; the batch itself where they are there already."""
+    if isinstance(batch, Mapping):
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        if all(value.device == device for value in tensors.values()):
+            return batch
+        return {**batch, **{key: value.to(device) for key, value in tensors.items()}}
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
 _Own = TypeVar("_Own")
 
 
@@ -147,6 +157,7 @@ def paired(tasks: Sequence[AlignmentTask], own: Iterable[_Own]) -> Iterator[tupl
         if source is None:
             raise ValueError(f"own must have one fine-tune per task, none is left for {task.name}")
         yield task, source
+        del source  # before the next one is made
     if next(sources, None) is not None:
         raise ValueError(f"own must have one fine-tune per task, got more than {len(tasks)}")
 

@@ -34,6 +34,8 @@ class AlignResult:
         fits: per task plain, aligned and control, measured without labels; None for AdaMerging, which needs
             no map.
         learned: result of the learned form, None for a closed form.
+        compute: where the models ran: device, why this one, threads and memory; `merge.compute` says where
+            the merge ran.
         notes: remarks on the result.
         seconds: wall time.
     """
@@ -44,12 +46,14 @@ class AlignResult:
     heads: dict[str, Head | CallableHead]
     fits: list[TaskMap] | None
     learned: Learned | None
+    compute: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but tensors as plain data (JSON)."""
         plain: dict[str, Any] = {"method": self.method, "heads": list(self.heads), "notes": self.notes}
+        plain["compute"] = self.compute
         plain["seconds"] = round(self.seconds, 3)
         if self.fits is not None:
             plain["tasks"] = {fit.name: plain_fit(fit) for fit in self.fits}

@@ -17,6 +17,8 @@ from dirmerge.alignment.sources import import_transformers
 from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
 from dirmerge.engine.card import CARD
 from dirmerge.engine.compute import Compute
+from dirmerge.engine.lanes import on_device
+from dirmerge.engine.result import compute_text
 from dirmerge.errors import RecipeError
 from dirmerge.recipe import Recipe, load_recipe
 
@@ -34,7 +36,9 @@ def align(
 ) -> AlignResult:
     """Merges fine-tuned transformers and aligns every task's features: one backbone, a head per task.
 
-    The recipe's section `align` says how, and where each task's unlabelled texts or images are.
+    The recipe's section `align` says how, and where each task's unlabelled texts or images are. Base and
+    merged weights are read from disk into the module that runs, one tensor at a time. The learned forms write
+    a merged model in float32 beside the output while they run.
 
     Args:
         recipe: a YAML file, YAML text of several lines, or the same as a dict.
@@ -43,7 +47,8 @@ def align(
             input, no recipe and not the working directory is.
         state: resume from this state file (`….safetensors`), which the learning writes.
         progress: called with an AlignProgress.
-        device: as of `dirmerge.merge`.
+        device: as of `dirmerge.merge`; the models run on the first device, one model at a time. The learned
+            forms also keep the base, the updates, the merged weights and their gradients there.
         threads: of the CPU; torch's number by default.
         memory: as of `dirmerge.merge`, for the merge; the models that are aligned are not counted.
 
@@ -68,7 +73,11 @@ def align(
         raise RecipeError(f"{loaded.origin}: align: is missing; it lists every task's unlabelled inputs")
     import_transformers()
     protected = [*loaded.files, *([Path(state)] if state is not None else [])]
-    with OutputFolder(Path(out), overwrite, protected) as folder, compute.scoped_threads():
+    with (
+        OutputFolder(Path(out), overwrite, protected) as folder,
+        compute.scoped_threads(),
+        on_device(compute.device),
+    ):
         job = Job(loaded, loaded.align, compute, progress)
         inner = folder.path / "merged"
         result = job.run(inner, state)
@@ -93,7 +102,8 @@ def _document(folder: Path, result: AlignResult) -> None:
     manifest.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = ["", "## Heads", ""]
     lines.append(
-        f"Every task has a head in `{FOLDER}/` with a map of the features folded in ({result.method})."
+        f"Every task has a head in `{FOLDER}/` with a map of the features folded in ({result.method}). "
+        f"The models ran on {compute_text(result.compute)}."
     )
     if result.fits is not None:
         lines += ["", "| task | agreement with its fine-tune, merged | aligned | base aligned (control) |"]

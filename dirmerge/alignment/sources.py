@@ -12,10 +12,11 @@ import torch
 from dirmerge.alignment.data import MissingPackageError, make_batches, read_inputs, task_seed
 from dirmerge.alignment.features import Pooled, classifier, last_linear
 from dirmerge.alignment.heads import as_head, read_head
-from dirmerge.alignment.model import AlignmentTask, Model
+from dirmerge.alignment.model import AlignmentTask, Model, batch_on, device_of
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
 from dirmerge.checkpoints.reader import resolve
 from dirmerge.checkpoints.safetensors_io import read_tensor
+from dirmerge.engine.compute import CPU
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
 from dirmerge.recipe import Recipe
 from dirmerge.recipe.align import AlignSection, AlignTask
@@ -51,8 +52,13 @@ class TaskSource:
         """What the features are, for the head's JSON."""
         return "input of the last linear layer" if self.section.head is None else self.section.features
 
-    def module(self, *, empty: bool = False) -> torch.nn.Module:
-        """Makes the float32 module with the fine-tune's weights; an adapter's has the base's."""
+    def module(self, device: torch.device = CPU, *, empty: bool = False) -> torch.nn.Module:
+        """Makes the float32 module with the fine-tune's weights; an adapter's has the base's.
+
+        Args:
+            device: where the module is.
+            empty: whether the module is made without weights.
+        """
         transformers = import_transformers()
         kind = "AutoModel"
         if self.section.head is None:
@@ -84,14 +90,14 @@ class TaskSource:
             if name in own and own[name].shape == info.shape:
                 with torch.no_grad():
                     own[name].copy_(read_tensor(info))
-        return module.eval()
+        return module.eval().to(device)
 
     def task(self, module: torch.nn.Module, section: AlignSection) -> AlignmentTask:
-        """Returns the task's batches, reader and head."""
+        """Returns the task's batches, reader and head, all on the CPU."""
         batches = make_batches(self.inputs, self.images, self.folder, section.batch_size, section.max_length)
         if self.section.head is None:
             reader, own = classifier(module)
-            task = AlignmentTask(self.name, batches, own, reader)
+            task = AlignmentTask(self.name, batches, own.on(CPU), reader)
             self._check(module, task)
             return task
         stored = read_head(self.section.head)
@@ -102,7 +108,7 @@ class TaskSource:
     @torch.no_grad()
     def _check(self, module: torch.nn.Module, task: AlignmentTask) -> None:
         """Checks that the head on the features gives the model's logits: not all classifiers are linear."""
-        batch = task.batch_list()[0]
+        batch = batch_on(task.batch_list()[0], device_of(Model(module)))
         expected = Model(module).run(batch).logits
         found = as_head(task.head)(task.features(Model(module), batch))
         if found.shape != expected.shape or float((found - expected).norm()) > 1e-3 * float(expected.norm()):

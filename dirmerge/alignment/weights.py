@@ -41,7 +41,8 @@ class ScaledUpdates:
 
     Args:
         model: the base model.
-        updates: by parameter name its components: one merged D, or D_1 … D_T.
+        updates: by parameter name its components: one merged D, or D_1 … D_T; each parameter's are asked for
+            once, one parameter after another, so a mapping that reads them keeps no second copy.
         scale: λ at the start, one for all or by name.
         per: whether λ belongs to a parameter, a block or the model.
 
@@ -53,25 +54,28 @@ class ScaledUpdates:
     def __init__(
         self,
         model: Model,
-        updates: Mapping[str, Sequence[Delta]],
+        updates: Mapping[str, Delta | Sequence[Delta]],
         scale: float | Mapping[str, float],
         per: str = "parameter",
     ) -> None:
         if not updates:
             raise ValueError("updates must name at least one parameter")
-        counts = {len(deltas) for deltas in updates.values()}
-        if len(counts) != 1 or 0 in counts:
-            raise ValueError(f"every parameter must have the same number of updates, got {sorted(counts)}")
-        self.components = counts.pop()
+        self.components = 0
         self.groups: list[str] = []
         self._entries: list[_Entry] = []
         start: dict[str, float] = {}
-        for name, deltas in updates.items():
+        for name in updates:
+            value = updates[name]
+            deltas = [value] if isinstance(value, Tensor | LowRank) else list(value)
+            self.components = self.components or len(deltas)
+            if not deltas or len(deltas) != self.components:
+                counts = sorted({self.components, len(deltas)})
+                raise ValueError(f"every parameter must have the same number of updates, got {counts}")
             group = group_of(name, per)
-            value = scale[name] if isinstance(scale, Mapping) else scale
-            if start.setdefault(group, value) != value:
+            own_scale = scale[name] if isinstance(scale, Mapping) else scale
+            if start.setdefault(group, own_scale) != own_scale:
                 raise ValueError(
-                    f"{name} starts with λ = {value:g} and shares λ per {per} with parameters that start "
+                    f"{name} starts with λ = {own_scale:g} and shares λ per {per} with parameters that start "
                     f"with {start[group]:g}: learn λ per parameter"
                 )
             if group not in self.groups:
@@ -81,7 +85,7 @@ class ScaledUpdates:
         self._given = model
         # λ is a handful of numbers: float64 costs nothing and keeps the sums of a block exact.
         rows = [[start[group]] * self.components for group in self.groups]
-        self.start = torch.tensor(rows, dtype=torch.float64, device=device)
+        self.start = torch.tensor(rows, dtype=torch.float64).to(device)
         # The other weights are detached: they need no gradient, and the module's own must not collect one.
         frozen = {name: value.detach() for name, value in model.module.named_parameters()}
         leaves = {entry.name: entry.weight for entry in self._entries}
@@ -140,7 +144,8 @@ class ScaledUpdates:
 
     def scales_of(self, scales: Tensor) -> dict[str, list[float]]:
         """Returns λ of every parameter, one number per component."""
-        return {entry.name: [float(v) for v in scales[entry.group]] for entry in self._entries}
+        rows = scales.cpu().tolist()
+        return {entry.name: list(rows[entry.group]) for entry in self._entries}
 
 
 def group_of(name: str, per: str) -> str:

@@ -63,6 +63,8 @@ def align(
 
 
 def _print_alignment(result: AlignResult) -> None:
+    from dirmerge.engine.result import compute_text
+
     console = open_console()
     print_summary(result.merge)
     if result.fits is not None:
@@ -75,6 +77,7 @@ def _print_alignment(result: AlignResult) -> None:
         console.print(
             make_table(title, ["task", "inputs", "merged", "aligned", "base aligned (control)"], rows)
         )
+    console.print(f"models   ran on {compute_text(result.compute)}", markup=False, highlight=False)
     if result.learned is not None:
         learned = result.learned
         console.print(f"learned  {learned.steps} steps, kept the state of step {learned.best_step}")

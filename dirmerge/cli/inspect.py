@@ -58,6 +58,7 @@ def inspect(
 def _print_inspection(found: Inspection, written: list[Path]) -> None:
     from dirmerge.diagnostics.page import key_figures
     from dirmerge.diagnostics.wording import fixed, number, share, short_names
+    from dirmerge.engine.result import compute_text
 
     console = open_console()
     rows = [
@@ -74,7 +75,11 @@ def _print_inspection(found: Inspection, written: list[Path]) -> None:
     ]
     columns = ["task", "‖D‖", "σ for 90 %", "stable rank", "alignment", "DirSim sum → merged", "against sign"]
     console.print(make_table(f"{found.method}, {len(found.parameters)} matrices", columns, rows))
-    figures = [["scale", found.scale, ""], *([*figure] for figure in key_figures(found.summary))]
+    figures = [
+        ["ran on", compute_text(found.compute), ""],
+        ["scale", found.scale, ""],
+        *([*figure] for figure in key_figures(found.summary)),
+    ]
     console.print(make_table("Model", ["", "", ""], figures))
     for path in written:
         console.print(f"written {path}", markup=False, highlight=False)

@@ -18,6 +18,7 @@ from dirmerge.diagnostics.measuring import Inspector, Parameters, is_inspected
 from dirmerge.diagnostics.result import Inspection, alignment_terms, summarise
 from dirmerge.diagnostics.updates import ComputedUpdates, WrittenUpdates, open_finished, scale_text
 from dirmerge.engine.compute import Budget, Compute
+from dirmerge.engine.lanes import on_device
 from dirmerge.engine.result import ProgressCallback
 from dirmerge.errors import RecipeError
 from dirmerge.linalg import etf_gap
@@ -62,7 +63,7 @@ def inspect(
     from dirmerge import __version__
 
     started = time.perf_counter()
-    compute = Compute.resolve(device, threads, memory)
+    compute = Compute.resolve(device, threads, memory).on_first()
     gaps = {name: etf_gap(vectors) for name, vectors in (class_means or {}).items()}
     folder = _folder(source)
     manifest: dict[str, Any] = {}
@@ -71,7 +72,7 @@ def inspect(
         plan = make_plan(recipe, as_adapter=_needs_no_base(recipe))
     else:
         manifest, plan = open_finished(folder)
-    with closing(plan), compute.scoped_threads():
+    with closing(plan), compute.scoped_threads(), on_device(compute.device):
         # Refuses a memory that is too small before anything is read.
         Budget.of_plan(compute, plan)
         if folder is None:
@@ -97,6 +98,7 @@ def inspect(
         class_gaps=gaps,
         summary=summarise([parameter for _, parameter in parameters], len(plan.tasks)),
         notes=list(plan.notes),
+        compute=compute.to_dict(),
         seconds=round(time.perf_counter() - started, 3),
     )
 

@@ -200,11 +200,15 @@ def compare_spaces(bases: Tensor, blocks: Sequence[slice]) -> SpacePairs:
                 continue
             cross = gram[a, b]
             angles = _angles(cross).rad2deg()
+            # One wait for the device, not three.
+            energy, mean, smallest = (
+                torch.stack((cross.square().sum(), angles.mean(), angles.min())).cpu().tolist()
+            )
             found = (
-                (pairs.overlap, float(cross.square().sum()) / min(sizes)),
+                (pairs.overlap, energy / min(sizes)),
                 (pairs.chance, chance_overlap(bases.shape[0], *sizes)),
-                (pairs.mean_angle, float(angles.mean())),
-                (pairs.smallest_angle, float(angles.min())),
+                (pairs.mean_angle, mean),
+                (pairs.smallest_angle, smallest),
             )
             for table, value in found:
                 table[i][j] = table[j][i] = value
@@ -269,6 +273,10 @@ class Response:
     right: Tensor
     left: Tensor
     floor: float
+
+    def on_host(self) -> Response:
+        """Returns it with its vectors on the CPU."""
+        return Response(self.diagonal.cpu(), self.right.cpu(), self.left.cpu(), self.floor)
 
 
 def response(delta: Delta, u: Tensor, v: Tensor) -> Response:
@@ -396,28 +404,30 @@ def sign_conflicts(blocks: Iterable[Tensor]) -> SignConflicts:
     Source:
         Yadav et al., TIES-Merging, NeurIPS 2023 (sign conflicts, elected sign).
     """
-    changed = conflicting = 0
-    expected = 0.0
+    conflicts: Tensor | int = 0
+    entries: Tensor | int = 0
     against: Tensor | float = 0.0
     magnitude: Tensor | float = 0.0
     for block in blocks:
         positive, negative = (block > 0).sum(0), (block < 0).sum(0)
-        conflicting += int(((positive > 0) & (negative > 0)).sum())
-        counts = torch.bincount((positive + negative).flatten(), minlength=len(block) + 1)
-        changed += int(counts[1:].sum())
-        expected += sum(int(count) * (1 - 2.0 ** (1 - c)) for c, count in enumerate(counts) if c)
+        conflicts = conflicts + ((positive > 0) & (negative > 0)).sum()
+        # Entries by the number of tasks that change them.
+        entries = entries + torch.bincount((positive + negative).flatten(), minlength=len(block) + 1)
         total = block.sum(0, dtype=torch.float64)
         sizes = block.abs()
         magnitude = magnitude + sizes.sum((1, 2), dtype=torch.float64)
         # Where the sum is 0 both halves oppose each other: each counts half.
         sizes = torch.where(total == 0, 0.5 * sizes, sizes * (block * total.sign() < 0))
         against = against + sizes.sum((1, 2), dtype=torch.float64)
+    counts = [0] if isinstance(entries, int) else entries.cpu().tolist()
+    changed, conflicting = sum(counts[1:]), int(conflicts)
+    expected = sum(count * (1 - 2.0 ** (1 - c)) for c, count in enumerate(counts) if c)
     if changed == 0 or isinstance(against, float) or isinstance(magnitude, float):
         tasks = 0 if isinstance(against, float) else len(against)
         return SignConflicts(0.0, 0.0, 0.0, [0.0] * tasks)
     by_task = against / magnitude.where(magnitude > 0, torch.ones_like(magnitude))
     opposed = float(against.sum() / magnitude.sum())
-    return SignConflicts(conflicting / changed, expected / changed, opposed, [float(x) for x in by_task])
+    return SignConflicts(conflicting / changed, expected / changed, opposed, by_task.cpu().tolist())
 
 
 def accumulation(total: Tensor, tasks: Sequence[Tensor], count: int = 8) -> list[float]:

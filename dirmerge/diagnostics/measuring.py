@@ -12,7 +12,8 @@ from dirmerge.deltas.lowrank import LowRank
 from dirmerge.diagnostics import measures
 from dirmerge.diagnostics.result import Number, Pairs, ParameterInspection, TaskInspection, total_alignment
 from dirmerge.diagnostics.updates import Updates
-from dirmerge.engine.deltas import DeltaReader
+from dirmerge.engine.deltas import DeltaReader, check_finite, row_range
+from dirmerge.engine.reading import Read
 from dirmerge.engine.result import Progress, ProgressCallback
 from dirmerge.engine.work import MatrixWork, matrices
 from dirmerge.errors import RecipeError
@@ -39,7 +40,11 @@ def is_inspected(tensor: TensorPlan) -> bool:
 
 
 class Inspector:
-    """Measures every matrix of a plan, one after another, on one device."""
+    """Measures every matrix of a plan, one after another, on one device.
+
+    What has the size of a matrix or of its bases stays on the device; vectors of singular values come to the
+    CPU once.
+    """
 
     def __init__(
         self, plan: Plan, updates: Updates, device: torch.device, progress: ProgressCallback | None
@@ -75,14 +80,14 @@ class Inspector:
         tasks, weights = self.read.tasks(tensor, index, self.device)
         sources = [source for source in tensor.sources if source.weight != 0]
         update, factors, notes = self.updates.get(tensor, index, tasks, weights, seed)
-        update = update.to(self.device)
         wanted = kept_ranks(tasks)
         if factors is None or factors.asked != wanted:
             factors = factor_tasks(tasks, wanted, "auto", 1e-2, seed)
         spectra = [_spectrum(tasks, t, factors) for t in range(len(tasks))]
+        core = [s.cpu() for s in factors.s]
         weighted = [abs(w) * s for w, (s, _) in zip(weights, spectra, strict=True)]
         total = sum_tasks(tasks, weights)
-        before, after = (measures.response(x, factors.u, factors.v) for x in (total, update))
+        before, after = (measures.response(x, factors.u, factors.v).on_host() for x in (total, update))
         leading = _leading(total, seed), _leading(update, seed)
         del total
         signs = measures.sign_conflicts(self._row_blocks(tensor, index, sources))
@@ -90,13 +95,12 @@ class Inspector:
         per_task: list[TaskInspection | None] = [None] * len(self.plan.tasks)
         for t, source in enumerate(sources):
             s, energy = spectra[t]
-            kept = factors.s[t]
-            core = float(kept.double().square().sum())
+            kept = core[t]
             present = len(kept) > 0
             per_task[source.task] = TaskInspection(
                 norm=abs(weights[t]) * math.sqrt(energy),
                 directions=len(kept),
-                core_energy=core,
+                core_energy=float(kept.double().square().sum()),
                 kept_energy=factors.energy[t],
                 directions_90=measures.energy_directions(s, 0.9, energy),
                 stable_rank=measures.stable_rank(s, energy),
@@ -107,11 +111,11 @@ class Inspector:
                 opposed=signs.opposed_by_task[t],
             )
         sizes = torch.cat(factors.s)
-        mass = float(sizes.sum(dtype=torch.float64))
+        mass = float(torch.cat(core).sum(dtype=torch.float64))
         interference = chance = None
         if mass > 0:
             interference = measures.task_interference(factors.u, sizes, factors.v) / mass
-            chance = measures.chance_interference(factors.s, *_matrix_shape(tasks)) / mass
+            chance = measures.chance_interference(core, *_matrix_shape(tasks)) / mass
         norm = _norm(update)
         return ParameterInspection(
             name=work.name,
@@ -151,9 +155,12 @@ class Inspector:
     def _row_blocks(
         self, tensor: TensorPlan, index: int | None, sources: Sequence[Source]
     ) -> Iterator[Tensor]:
-        """Yields (T, rows, n): the same rows of all weighted deltas; adapters are multiplied out by rows."""
+        """Yields (T, rows, n): the same rows of all weighted deltas; adapters are multiplied out by rows.
+
+        Rows are copied to the device in their stored dtype.
+        """
         m, n = self.read.matrix_shape(tensor)
-        updates = self.read.low_ranks(tensor)
+        updates = {t: update.to(self.device) for t, update in self.read.low_ranks(tensor).items()}
         is_dense = any(source.rank is None for source in sources)
         step = max(1, BLOCK_ENTRIES // (n * len(sources)))
         ranges = (
@@ -162,14 +169,18 @@ class Inspector:
             else [(index, index + 1)]
         )
         for start, stop in ranges:
-            base = self.read.base(tensor.name, start, stop) if is_dense else None
-            rows = [
-                self.read.rows(source, base, start, stop, updates.get(source.task))
-                .reshape(-1, n)
-                .mul_(source.weight)
-                for source in sources
-            ]
+            base = self._fetch(self.read.base_read(tensor.name, start, stop)) if is_dense else None
+            rows = []
+            for source in sources:
+                read, update = self.read.value_read(source, start, stop), updates.get(source.task)
+                value = None if read is None else self._fetch(read)
+                part = None if update is None else row_range(update, start, stop)
+                rows.append(self.read.combine(value, base, part).reshape(-1, n).mul_(source.weight))
             yield torch.stack(rows)
+
+    def _fetch(self, read: Read) -> Tensor:
+        """Returns finite rows on the device, in their stored dtype."""
+        return check_finite(self.read.fetch(read).to(self.device), read.info, read.item)
 
 
 def _matrix_shape(tasks: Tasks) -> tuple[int, int]:
@@ -178,19 +189,19 @@ def _matrix_shape(tasks: Tasks) -> tuple[int, int]:
 
 
 def _spectrum(tasks: Tasks, t: int, factors: Factors) -> tuple[Tensor, float]:
-    """Returns the known singular values of a task, and ‖D_t‖²_F."""
+    """Returns the known singular values of a task, on the CPU, and ‖D_t‖²_F."""
     if tasks.ranks[t] is None and min(tasks.shape) > SPECTRUM_UP_TO:
-        s = factors.s[t].double()
+        s = factors.s[t].cpu().double()
         return s, float(s.square().sum()) / factors.energy[t] if factors.energy[t] > 0 else 0.0
-    s = measures.singular_values(tasks[t])
+    s = measures.singular_values(tasks[t]).cpu()
     return s, float(s.square().sum())
 
 
 def _leading(delta: Delta, seed: int) -> Tensor:
-    """Returns at least the leading singular values of an update."""
+    """Returns at least the leading singular values of an update, on the CPU."""
     if isinstance(delta, LowRank) or min(delta.shape) <= SPECTRUM_UP_TO:
-        return measures.singular_values(delta)
-    return svd_truncated(delta, LEADING, "auto", seed=seed).s.double()
+        return measures.singular_values(delta).cpu()
+    return svd_truncated(delta, LEADING, "auto", seed=seed).s.cpu().double()
 
 
 def _norm(delta: Delta) -> float:

@@ -30,6 +30,7 @@ from dirmerge.diagnostics.wording import (
     short_parameters,
     whole,
 )
+from dirmerge.engine.result import compute_text
 
 # Above so many matrices the maps show layers, means over their matrices; the table has every matrix.
 ROWS_OF_MATRICES = 72
@@ -80,6 +81,7 @@ def _content(found: Inspection) -> dict[str, Any]:
             }
         ),
         "names": names,
+        "ran_on": clean(compute_text(found.compute)),
         "labels": [clean(label) for label in found.tasks],
         "tiles": key_figures(summary),
         "energy": energy_chart(names, [task.energy_curve for task in summary.tasks]),

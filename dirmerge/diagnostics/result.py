@@ -216,6 +216,7 @@ class Inspection(_Data):
         class_gaps: Δ_ETF by name, of the class means that were given.
         summary: the whole model.
         notes: facts about the whole merge.
+        compute: where it ran: device, why this one, threads and memory.
         seconds: time taken.
     """
 
@@ -232,6 +233,7 @@ class Inspection(_Data):
     class_gaps: dict[str, float]
     summary: ModelSummary
     notes: list[str]
+    compute: dict[str, Any]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:

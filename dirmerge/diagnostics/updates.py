@@ -60,19 +60,21 @@ class WrittenUpdates:
     def get(
         self, tensor: TensorPlan, index: int | None, tasks: Tasks, weights: list[float], seed: int
     ) -> tuple[Delta, Factors | None, list[str]]:
-        """Reads the update from the folder: an adapter's factors, or W − W_0 of a model."""
+        """Reads the update from the folder: an adapter's factors, or W − W_0 of a model, on the device."""
         if self._adapter is not None:
             target = self._adapter.targets.get(tensor.module or "")
             if target is None or target.shape != tasks.shape:
                 raise MismatchError(f"{self.folder}: has no update of {tensor.name} with shape {tasks.shape}")
-            return target.read(), None, []
+            return target.read(device=tasks.device), None, []
         assert self._checkpoint is not None  # one of the two forms
         info = self._checkpoint.tensors.get(tensor.name)
         if info is None or tuple(info.shape) != tensor.shape:
             raise MismatchError(f"{self.folder}: has no tensor {tensor.name} of shape {tensor.shape}")
         rows = (None, None) if index is None else (index, index + 1)
-        written = self._checkpoint.read(tensor.name, *rows).reshape(tasks.shape)
-        base = self.read.base(tensor.name, *rows).reshape(tasks.shape)
+        written, base = (
+            read(tensor.name, *rows).reshape(tasks.shape).to(tasks.device)
+            for read in (self._checkpoint.read, self.read.base)
+        )
         return Difference(written, base).dense(), None, []
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,13 @@ class Compute:
     def workers(self) -> int:
         """Number of threads that read, write and make rows: enough to keep a disk busy."""
         return max(4, min(16, self.threads)) if self.on_cpu else 8
+
+    def on_first(self) -> Compute:
+        """Returns the same with the first device alone, for work that is not shared."""
+        if len(self.devices) == 1:
+            return self
+        reason = f"the first of {len(self.devices)} GPUs; {self.reason}"
+        return replace(self, devices=self.devices[:1], reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as plain data (JSON)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from alignment_models import D, recipe, write_models
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,75 +20,13 @@ from dirmerge.errors import CheckpointError, MismatchError, RecipeError
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
-D = 16
-WORDS = [f"w{i}" for i in range(40)]
-
-
-def config(labels):
-    return transformers.BertConfig(
-        vocab_size=44, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, num_labels=labels, initializer_range=0.4,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders base (an encoder), a and b (its fine-tunes with classifiers of 2 and 3 classes), and texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    )
-    base = transformers.BertModel(config(2))
-    base.save_pretrained(folder / "base")
-    fast.save_pretrained(folder / "base")
-    generator = torch.Generator().manual_seed(1)
-    for name, labels in (("a", 2), ("b", 3)):
-        model = transformers.BertForSequenceClassification(config(labels))
-        model.bert.load_state_dict(base.state_dict())
-        with torch.no_grad():
-            for parameter in model.bert.encoder.parameters():
-                if parameter.ndim == 2:
-                    parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
-        texts = [
-            " ".join(WORDS[i] for i in torch.randint(40, (3 + n % 6,), generator=generator).tolist())
-            for n in range(90)
-        ]
-        if name == "a":
-            with (folder / "a.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
-        else:
-            lines = [json.dumps({"sentence": text, "label": 1}) for text in texts]
-            (folder / "b.jsonl").write_text("\n".join(lines))
+    write_models(folder)
     return folder
-
-
-def recipe(models, **section):
-    plain = {
-        "merge_method": "tsv_m",
-        "base_model": str(models / "base"),
-        "models": [{"model": str(models / name)} for name in "ab"],
-        "scale": 0.8,
-        "align": {
-            "inputs": 80,
-            "batch_size": 20,
-            "tasks": [
-                {"name": "first", "data": str(models / "a.csv")},
-                {"name": "second", "data": str(models / "b.jsonl"), "column": "sentence"},
-            ],
-        }
-        | section,
-    }
-    path = models / "recipe.yml"
-    path.write_text(yaml.safe_dump(plain))
-    return path
 
 
 def classify(folder, name, models, texts):

@@ -9,6 +9,7 @@ from helpers import tiny_state, write_adapter_folder, write_model
 
 import dirmerge
 from dirmerge.diagnostics import Inspection, inspect, measures, measuring
+from dirmerge.engine.compute import Compute
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 
@@ -320,3 +321,39 @@ def test_inputs_without_matrices_or_with_nan(models, tmp_path):
     plain["models"].append({"model": str(tmp_path / "nan")})
     with pytest.raises(NonFiniteError, match=NAME):
         inspect(plain)
+
+
+def test_threads_and_memory_are_used_and_reported(models):
+    folder, _ = models
+    threads, usual = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = inspect(
+            recipe(folder, "abc"),
+            progress=lambda _: threads.add(torch.get_num_threads()),
+            device="cpu",
+            threads=1,
+            memory="30GB",
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)
+    assert threads == {1}
+    expected = {"devices": ["cpu"], "reason": "asked for", "threads": 1, "memory": 30_000_000_000}
+    assert found.compute == found.to_dict()["compute"] == expected
+    with pytest.raises(RecipeError, match="a memory of 1000000 bytes is too small"):
+        inspect(recipe(folder, "abc"), memory="1MB")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(models):
+    folder, _ = models
+    with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees no CUDA device"):
+        inspect(recipe(folder, "abc"), device="cuda")
+
+
+def test_of_several_gpus_the_first_is_used():
+    gpus = (torch.device("cuda", 2), torch.device("cuda", 0))
+    first = Compute(gpus, 3, 5, "asked for").on_first()
+    assert first == Compute(gpus[:1], 3, 5, "the first of 2 GPUs; asked for")
+    assert first.on_first() is first

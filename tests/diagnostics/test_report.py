@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from dirmerge.cli import app
 from dirmerge.diagnostics import Inspection, charts, inspect, wording
 from dirmerge.diagnostics.page import by_layer, to_html
+from dirmerge.engine.result import compute_text
 
 BASE = tiny_state()
 HOSTILE = '</text><script>alert("1")</script>&amp;\x07'
@@ -118,6 +119,7 @@ def test_the_page_shows_the_figures_it_was_given(found):
             short = parameter.name.removesuffix(".weight").removeprefix("layers.")
             assert f"{short} · {name}: {100 * task.similarity_after:.0f}" in page.texts
             assert f"{short} · {name}: {100 * task.alignment:.0f}" in page.texts
+    assert compute_text(found.compute) in texts
     overlap = 100 * found.summary.left.overlap[0][1]
     assert f"a · b: {overlap:.0f}" in page.texts
     assert wording.number(found.summary.interference) in page.texts
