@@ -175,3 +175,23 @@ def test_fill_rounds_to_the_module_and_refuses_other_shapes():
     assert torch.equal(module.weight, exact.to(torch.bfloat16))
     with pytest.raises(ValueError, match=r"w must have the module's shape \(2, 3\), got \(1, 3\)"):
         fill(module, {"w": "weight"}, {"w": exact[:1]}.__getitem__)  # copy_ alone would broadcast it
+
+
+@pytest.mark.parametrize("method", ["rotation", "ridge"])
+def test_closed_forms_on_a_device(shadow_gpu, models, tmp_path, method):
+    """The whole of `align` on the shadow GPU: merge, features and maps."""
+    rule = few_inputs(models, method=method)
+    expected = dirmerge.align(rule, tmp_path / "cpu", device="cpu")
+    with shadow_gpu() as gpu:
+        found = dirmerge.align(rule, tmp_path / "gpu", device="cuda")
+    assert found.compute["devices"] == ["cuda:0 (shadow)"]
+    assert any(launch.flops for launch in gpu.launches if "alignment" in launch.where)
+    assert found.fits is not None
+    assert expected.fits is not None
+    for mine, theirs in zip(found.fits, expected.fits, strict=True):
+        # Few inputs leave directions of a rotation free, which rounding chooses: the map is not compared.
+        assert mine.plain == theirs.plain
+        assert mine.matrix.device.type == "cpu"
+    for name, head in found.heads.items():
+        assert isinstance(head, Head), name
+        assert head.weight.device.type == "cpu"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -357,3 +358,24 @@ def test_of_several_gpus_the_first_is_used():
     first = Compute(gpus, 3, 5, "asked for").on_first()
     assert first == Compute(gpus[:1], 3, 5, "the first of 2 GPUs; asked for")
     assert first.on_first() is first
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("names", ["abc", "xyz"])
+def test_on_a_device(shadow_gpu, models, tmp_path, names, finished):
+    folder, _ = models
+    source: Any = recipe(folder, names, "dc_merge", scale=1.5)
+    if finished:
+        dirmerge.merge(source, tmp_path / "out", device="cpu")
+        source = tmp_path / "out"
+    expected = inspect(source, device="cpu")
+    with shadow_gpu() as gpu:
+        found = inspect(source, device="cuda")
+    assert found.compute is not None
+    assert found.compute["devices"] == ["cuda:0 (shadow)"]
+    assert sum(launch.flops for launch in gpu.launches) > 0
+    for mine, theirs in zip(found.parameters, expected.parameters, strict=True):
+        assert mine.merged_norm == pytest.approx(theirs.merged_norm, rel=1e-5)
+        assert mine.alignment == pytest.approx(theirs.alignment, rel=1e-4)
+        assert mine.sign_conflict == theirs.sign_conflict
+        assert mine.interference == pytest.approx(theirs.interference, rel=1e-4)
