@@ -104,6 +104,11 @@ class Shadow:
         """The smaller side of the largest matrix that was factorised on a device."""
         return max((launch.factorisation for launch in self.launches), default=0)
 
+    @property
+    def solver_waits(self) -> int:
+        """How many factorisations torch waits for on a GPU, to see if they succeeded; not among `syncs`."""
+        return sum(launch.is_checked for launch in self.launches)
+
     def line(self) -> str:
         """Returns file and line of dirmerge that is running."""
         frame = sys._getframe(1)

@@ -57,6 +57,24 @@ class Launch:
             return 0
         return min(self.shapes[0][-2:])
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether torch waits for the device to see if it succeeded."""
+        name = self.op.removeprefix("_")
+        return name.startswith(CHECKED) and not name.endswith(("_ex", "_triangular"))
+
+
+# Of these CUDA's torch reads on the host whether they succeeded; what ends in _ex it leaves to the caller.
+CHECKED = (
+    "linalg_svd",
+    "linalg_eigh",
+    "linalg_eig",
+    "linalg_solve",
+    "linalg_inv",
+    "linalg_lstsq",
+    "cholesky",
+)
+
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Returns the FLOPs of a product, as torch's own counter has them; 0 for all else."""

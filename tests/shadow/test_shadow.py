@@ -166,6 +166,7 @@ def test_factorisations_are_seen(shadow_gpu):
         assert gpu.largest_factorisation == 6
         torch.linalg.svd(torch.randn(3, 12, 7, device="cuda"))
     assert gpu.largest_factorisation == 7
+    assert gpu.solver_waits == 1, "a QR needs no check"
 
 
 def test_ops_run_their_torch_implementation(shadow_gpu):
