@@ -66,7 +66,8 @@ class LowRank:
             scaling: PEFT's factor: alpha / r, or alpha / √r with rsLoRA.
         """
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        return cls(b.to(dtype) * scaling, None, a.to(dtype).mT)
+        left = b.to(dtype)
+        return cls(left if scaling == 1 else left * scaling, None, a.to(dtype).mT)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,7 +100,9 @@ class LowRank:
         return LowRank(self.left.to(kind), core, self.right.to(kind))
 
     def scaled(self, factor: float) -> LowRank:
-        """Returns factor · self; the factor goes into the smallest part."""
+        """Returns factor · self; the factor goes into the smallest part. Self for a factor of 1."""
+        if factor == 1:
+            return self
         if self.core is None:
             return LowRank(self.left * factor, None, self.right)
         return LowRank(self.left, self.core * factor, self.right)

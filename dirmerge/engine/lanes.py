@@ -19,6 +19,7 @@ from dirmerge.engine.items import Item, ItemJobs, ReadJob
 from dirmerge.engine.reading import Read
 from dirmerge.engine.rules import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
+from dirmerge.engine.waiting import update_bytes
 from dirmerge.engine.workers import Job, Workers
 from dirmerge.planning import TensorPlan
 from dirmerge.planning.inputs import Input
@@ -57,8 +58,8 @@ class Lane(Protocol):
     def write_rows(self, rule: RowRule) -> None:
         """Makes and writes rows of an update that is there, while the next matrix is merged."""
 
-    def write_module(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Writes the update of an adapter's module, while the next matrix is merged."""
+    def write_module(self, tensor: TensorPlan, update: LowRank, scale: float) -> None:
+        """Writes λ times the update of an adapter's module, while the next matrix is merged."""
 
     def close(self) -> None:
         """Ends what runs beside the caller."""
@@ -171,9 +172,13 @@ class HostLane:
 
             self._workers.submit(Job(make, step.nbytes))
 
-    def write_module(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Lets the workers write the update."""
-        self._workers.submit(Job(lambda: self._sink.update(tensor, update), _update_bytes(tensor)))
+    def write_module(self, tensor: TensorPlan, update: LowRank, scale: float) -> None:
+        """Lets the workers scale and write the update."""
+
+        def write() -> None:
+            self._sink.update(tensor, update.scaled(scale))
+
+        self._workers.submit(Job(write, update_bytes(update)))
 
     def close(self) -> None:
         """Nothing runs beside the workers."""
@@ -281,16 +286,16 @@ class DeviceLane:
             assert made is not None  # a step of rows
             self._put(rule, step, made)
 
-    def write_module(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Rounds the factors on the device; the workers write them."""
-        left, right = (factor.to(tensor.dtype) for factor in update.folded())
+    def write_module(self, tensor: TensorPlan, update: LowRank, scale: float) -> None:
+        """Scales and rounds the factors on the device; the workers write them."""
+        left, right = (factor.to(tensor.dtype) for factor in update.scaled(scale).folded())
         (left, right), copied = self._to_host([left, right])
 
         def write() -> None:
             copied.synchronize()
             self._sink.update(tensor, LowRank(left, None, right))
 
-        self._workers.submit(Job(write, _update_bytes(tensor)))
+        self._workers.submit(Job(write, left.nbytes + right.nbytes))
 
     def close(self) -> None:
         """Ends the copying thread."""
@@ -383,8 +388,3 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 def _key(info: TensorInfo, start: int | None, stop: int | None) -> tuple[int, int | None, int | None]:
     return id(info), start, stop
-
-
-def _update_bytes(tensor: TensorPlan) -> int:
-    assert tensor.rank is not None  # a module's
-    return tensor.rank * sum(tensor.shape) * tensor.dtype.itemsize

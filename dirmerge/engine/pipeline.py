@@ -384,7 +384,7 @@ class _Merge:
         if tensor.rule == "merge":
             record.rank = update.rank
             record.kept_energy = kept
-        lane.write_module(tensor, update.scaled(scale))
+        lane.write_module(tensor, update, scale)
 
     def _step(self, phase: str, tensor: TensorPlan) -> None:
         self._done += 1
