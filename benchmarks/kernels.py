@@ -478,7 +478,7 @@ def main() -> None:
     text = page(rows, accuracies)
     print(text)
     RESULTS.write_text(text)
-    roofline.PAGE.write_text(roofline.page())
+    roofline.main()
     if broken:
         sys.exit("\n".join(broken))
 
