@@ -36,9 +36,11 @@ LAUNCH = 5e-6
 SYNC = 20e-6
 # A local NVMe drive's sequential reading, an assumption: what stands before a checkpoint is seldom faster.
 FILE_BANDWIDTH = 7e9
-# Of the library's factorisations: sweeps of a Jacobi SVD, columns of a panel of a blocked factorisation.
+# Of the library's factorisations: sweeps of a Jacobi SVD, columns of a panel of a blocked factorisation, and
+# the largest matrix of which torch hands a batch of eigenproblems or SVDs over at once.
 SWEEPS = 8
 PANEL = 64
+BATCHED = 32
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,11 @@ def _factorisation(launch: Launch) -> Work:
     count, p, q = math.prod(batch), min(m, n), max(m, n)
     nbytes = float(launch.nbytes)
     if launch.op == "_linalg_eigh":
-        flops, steps = 9.0 * n**3, n
+        flops, steps = 9.0 * n**3, n * (count if n > BATCHED else 1)
         nbytes += count * n**3 / 3 * launch.dtypes[0].itemsize
     elif launch.op == "_linalg_svd":
-        flops, steps = SWEEPS * 6.0 * p**3 + (4.0 * q * p**2 if q > p else 0.0), SWEEPS * p
+        flops = SWEEPS * 6.0 * p**3 + (4.0 * q * p**2 if q > p else 0.0)
+        steps = SWEEPS * p * count if q > BATCHED else SWEEPS
     elif launch.op == "linalg_qr":
         flops, steps = 4.0 * m * p**2, -(-p // PANEL)
     elif launch.op == "linalg_cholesky_ex":
@@ -207,15 +210,17 @@ MODEL = f"""\
 - A kernel of dirmerge: one launch of the Triton or CUDA C++ kernel, float32 as three TF32 products (three of
   bfloat16 with random signs). The threshold reads its input three times.
 - `eigh`: 9 n³ FLOP, n steps one after the other, n³/3 entries read for the reduction to tridiagonal form.
-  `svd`: {SWEEPS} Jacobi sweeps of 6 n³ FLOP, n steps each. `qr`, `cholesky`, triangular solve: 4 m n², n³/3,
-  m n² FLOP, one step per {PANEL} columns. All without tensor cores; matrices of a batch share their steps.
+- `svd`: {SWEEPS} Jacobi sweeps of 6 n³ FLOP, n steps each; up to {BATCHED} columns one step each.
+- `eigh` and `svd` above {BATCHED} columns take the matrices of a batch one after the other, as torch does.
+- `qr`, `cholesky`, triangular solve: 4 m n², n³/3, m n² FLOP, one step per {PANEL} columns, a batch at once.
+  No factorisation uses tensor cores.
 - All else: bytes alone.
 - A launch takes the longest of its FLOP at the peak of their arithmetic, its bytes at the bandwidth of the
   memory, and {LAUNCH * 1e6:.0f} µs per step (an assumption: torch's eager mode from call to call).
-- A wait of the host costs {SYNC * 1e6:.0f} µs (an assumption). `eigh` and `svd` wait once in torch itself.
+- A wait of the host costs {SYNC * 1e6:.0f} µs (an assumption). In torch, `eigh` waits once, `svd` twice.
 """
-_WAITING = ("_linalg_eigh", "_linalg_svd")
-_FACTORISATIONS = (*_WAITING, "linalg_qr", "linalg_cholesky_ex", "linalg_solve_triangular")
+# Reads of what a factorisation reports: errors, and before them the convergence of an SVD.
+_WAITS = {"_linalg_eigh": 1, "_linalg_svd": 2}
 _UNITS = {torch.float64: "matrix64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
 
 
@@ -229,7 +234,7 @@ def work(launch: Launch) -> Work:
         return KERNELS[launch.op](launch)
     if launch.op in table.ops():
         raise ValueError(f"roofline: the kernel of {launch.op} has no model, add one to KERNELS")
-    if launch.op in _FACTORISATIONS or launch.factorisation:
+    if launch.op == "linalg_solve_triangular" or launch.factorisation:
         return _factorisation(launch)
     if launch.flops:
         return Work("products", _UNITS[launch.dtypes[0]], launch.flops, launch.nbytes)
@@ -275,7 +280,7 @@ class Price:
 
 def waits_of(log: Log) -> int:
     """Returns the waits of the host: those of the program, and those inside torch's factorisations."""
-    return log.syncs + sum(launch.op in _WAITING for launch in log.launches)
+    return log.syncs + sum(_WAITS.get(launch.op, 0) for launch in log.launches)
 
 
 def price(log: Log, gpu: GPU) -> Price:

@@ -105,8 +105,18 @@ class TestRoofline:
         needed = roofline.work(launched("_linalg_eigh", (double, (512, 512)), (double, (512,))))
         assert (needed.part, needed.unit, needed.flops) == ("factorisations", "fp64", 9 * 512**3)
         assert needed.seconds(H100) == (512 * roofline.LAUNCH, "steps")
-        batch = roofline.work(launched("_linalg_svd", (torch.float32, (8, 64, 64))))
-        assert (batch.flops, batch.steps) == (8 * 48 * 64**3, 8 * 64)
+        # Eight sweeps of 64 steps for each of three matrices; small matrices share theirs.
+        batch = roofline.work(launched("_linalg_svd", (torch.float32, (3, 64, 64))))
+        assert (batch.flops, batch.steps) == (3 * 48 * 64**3, 3 * 8 * 64)
+        small = roofline.work(launched("_linalg_svd", (torch.float32, (3, 16, 16))))
+        assert (small.flops, small.steps) == (3 * 48 * 16**3, 8)
+        solved = roofline.work(launched("linalg_solve_triangular", *[(double, (3, 100, 100))] * 2))
+        assert (solved.flops, solved.steps) == (3 * 100**3, 2)
+
+    def test_waits_inside_torch_are_counted(self) -> None:
+        x = (torch.float32, (8, 8))
+        log = launches.Log([launched(op, x) for op in ("_linalg_eigh", "_linalg_svd", "add")], 1, 0, 0, 0)
+        assert roofline.waits_of(log) == 1 + 1 + 2
 
     def test_a_launch_has_a_price_and_an_allocation_none(self) -> None:
         scalar = (torch.float32, ())
