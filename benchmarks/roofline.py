@@ -210,7 +210,7 @@ MODEL = f"""\
 - A kernel of dirmerge: one launch of the Triton or CUDA C++ kernel, float32 as three TF32 products (three of
   bfloat16 with random signs). The threshold reads its input three times.
 - `eigh`: 9 n³ FLOP, n steps one after the other, n³/3 entries read for the reduction to tridiagonal form.
-- `svd`: {SWEEPS} Jacobi sweeps of 6 n³ FLOP, n steps each; up to {BATCHED} columns one step each.
+- `svd`: {SWEEPS} Jacobi sweeps of 6 n³ FLOP; a sweep has n steps, and one up to {BATCHED} columns.
 - `eigh` and `svd` above {BATCHED} columns take the matrices of a batch one after the other, as torch does.
 - `qr`, `cholesky`, triangular solve: 4 m n², n³/3, m n² FLOP, one step per {PANEL} columns, a batch at once.
   No factorisation uses tensor cores.
@@ -465,8 +465,8 @@ of a batch (full rank, finite values, convergence) are taken to hold, which is t
 
 {MODEL}
 {SOURCES}
-Not counted: the small kernels inside one torch operation, and the distance of the solver library from its
-model, which is large. Read the column `factorisations` as the least that is possible.
+Not counted: the small kernels inside one torch operation. The column `factorisations` is the least certain:
+its model is simple, and no solver library was measured.
 """
 COLUMNS = """\
 `launches` without allocations; `waits` of the host, those inside torch included; `TFLOP` of the units; `GB`
