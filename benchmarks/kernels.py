@@ -6,7 +6,7 @@
    (benchmarks.numerics); the CUDA C++ kernels run on the CPU (benchmarks.cuda_kernels).
 3. Each form is compiled as its launcher would launch it, for NVIDIA's sm_80 (A100), sm_90 (H100, H200) and
    sm_100 (B200) and AMD's gfx942 (MI300), and what the compiler says of it is read.
-4. benchmarks.roofline writes its prediction anew.
+4. benchmarks.roofline records what merges launch, and writes its prediction anew.
 
 The run fails where a kernel errs by more than twice torch's own error, uses the stack, as one that spills
 registers does, or lacks the matrix instruction it is built on.
@@ -478,7 +478,7 @@ def main() -> None:
     text = page(rows, accuracies)
     print(text)
     RESULTS.write_text(text)
-    roofline.PAGE.write_text(roofline.page())
+    roofline.main()
     if broken:
         sys.exit("\n".join(broken))
 

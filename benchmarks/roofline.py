@@ -1,30 +1,58 @@
-"""Predicts on paper what the kernels and whole merges would cost on GPUs: benchmarks/results/roofline.md.
+"""Predicts what merges would cost on GPUs, from what they launch: benchmarks/results/roofline.json and .md.
 
-    python -m benchmarks.roofline
+    python -m benchmarks.roofline        records every case anew (minutes), writes both files
 
-Nothing is measured: FLOPs and bytes are counted from the shapes, and divided by public peak figures.
+Nothing runs on a GPU. benchmarks.launches records what the program launches on the tests' shadow GPU, and
+each launch is priced here by public peak figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import math
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.shapes import ADAPTER_RANK, BLOCKS, MODELS, TASKS, Layer
+import torch
 
-PAGE = Path(__file__).parent / "results" / "roofline.md"
-OVERSAMPLING = 16
-POWER_ITERATIONS = 2
-POLAR_STEPS = 8
-WEIGHT_BYTES = 2
+from benchmarks.launches import ITEMSIZE, Log, record
+from benchmarks.shapes import ADAPTER_RANK, BLOCKS, MODELS, TASKS
+from dirmerge.backends import table
+from dirmerge.methods import METHODS
+
+if TYPE_CHECKING:
+    from shadow import Launch
+
+RESULTS = Path(__file__).parent / "results" / "roofline.json"
+PAGE = RESULTS.with_suffix(".md")
+ROOT = Path(__file__).parents[1]
+
+# Seconds, assumptions: torch's eager mode from call to call, and a wait of the host until it queues again.
+LAUNCH = 5e-6
+SYNC = 20e-6
 # A local NVMe drive's sequential reading, an assumption: what stands before a checkpoint is seldom faster.
 FILE_BANDWIDTH = 7e9
+# Of the library's factorisations: sweeps of a Jacobi SVD, columns of a panel of a blocked factorisation, and
+# the largest matrix of which torch hands a batch of eigenproblems or SVDs over at once.
+SWEEPS = 8
+PANEL = 64
+BATCHED = 32
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak figures of one GPU: dense FLOP/s without sparsity by arithmetic, bytes/s of its memory and bus."""
+    """Peak figures of one GPU.
+
+    Attributes:
+        name: of the card.
+        flops: dense FLOP/s by arithmetic; `matrix64` is float64 on tensor cores, `fp64` without them.
+        memory: bytes/s of its memory.
+        bus: bytes/s of PCIe in one direction.
+    """
 
     name: str
     flops: dict[str, float]
@@ -33,314 +61,456 @@ class GPU:
 
 
 GPUS = (
-    GPU("A100 SXM 80 GB", {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 2.039e12, 32e9),
-    GPU("H100 SXM", {"bf16": 989e12, "tf32": 494.5e12, "fp32": 67e12}, 3.35e12, 64e9),
-    GPU("H200 SXM", {"bf16": 989e12, "tf32": 494.5e12, "fp32": 67e12}, 4.8e12, 64e9),
+    GPU(
+        "A100",
+        {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "matrix64": 19.5e12, "fp64": 9.7e12},
+        2.039e12,
+        32e9,
+    ),
+    GPU(
+        "H100",
+        {"bf16": 989e12, "tf32": 494.5e12, "fp32": 67e12, "matrix64": 67e12, "fp64": 34e12},
+        3.35e12,
+        64e9,
+    ),
+    GPU(
+        "B200",
+        {"bf16": 2250e12, "tf32": 1100e12, "fp32": 80e12, "matrix64": 40e12, "fp64": 40e12},
+        8e12,
+        64e9,
+    ),
 )
 SOURCES = """\
-| figure | A100 SXM 80 GB | H100 SXM | H200 SXM | source |
-|---|---:|---:|---:|---|
-| BF16, dense | 312 TFLOP/s | 989 TFLOP/s | 989 TFLOP/s | NVIDIA data sheets of A100, H100 and H200; \
-those of the last two print 1,979 with sparsity, which is half that dense |
-| TF32, dense | 156 TFLOP/s | 494.5 TFLOP/s | 494.5 TFLOP/s | the same; 989 with sparsity |
-| FP32, no tensor cores | 19.5 TFLOP/s | 67 TFLOP/s | 67 TFLOP/s | the same |
-| memory | 2.039 TB/s | 3.35 TB/s | 4.8 TB/s | the same |
-| PCIe, one direction | 32 GB/s | 64 GB/s | 64 GB/s | the same: gen 4 and gen 5, 64 and 128 GB/s both ways |
-| files | 7 GB/s | 7 GB/s | 7 GB/s | an assumption: one NVMe drive |
+| figure | A100 SXM 80 GB (sm_80) | H100 SXM (sm_90) | B200 HGX (sm_100) |
+|---|---:|---:|---:|
+| BF16, dense | 312 TFLOP/s | 989 TFLOP/s | 2250 TFLOP/s |
+| TF32, dense | 156 TFLOP/s | 494.5 TFLOP/s | 1100 TFLOP/s |
+| FP32, no tensor cores | 19.5 TFLOP/s | 67 TFLOP/s | 80 TFLOP/s |
+| FP64, tensor cores | 19.5 TFLOP/s | 67 TFLOP/s | 40 TFLOP/s |
+| FP64, no tensor cores | 9.7 TFLOP/s | 34 TFLOP/s | 40 TFLOP/s |
+| memory | 2.039 TB/s | 3.35 TB/s | 8 TB/s |
+| PCIe, one direction | 32 GB/s | 64 GB/s | 64 GB/s |
+
+Sources: NVIDIA's data sheets of A100 and H100, which print TF32 and BF16 of H100 with sparsity (half of that
+is dense), and the public tables of NVIDIA's Blackwell brief for a B200 of 1000 W. PCIe is generation 4 and 5.
 """
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a kernel or stage does.
+class Work:
+    """What one launch has to do.
 
     Attributes:
-        flops: multiplications and additions of the method, by the arithmetic they run in.
-        passes: how many products of that arithmetic make one of the method: three of TF32 or bfloat16
-            for a float32 product, two where one operand is the sum of two bfloat16 matrices.
-        bytes: every input read and every output written once per kernel.
+        part: products, factorisations or elementwise.
+        unit: the arithmetic that its FLOPs run in.
+        flops: of that arithmetic. A float32 product on tensor cores is three of TF32 or bfloat16.
+        nbytes: that it reads and writes.
+        steps: rounds that wait for each other; 0 for memory that is only allocated.
     """
 
-    flops: dict[str, float]
-    passes: dict[str, int]
-    bytes: float
-
-    def __add__(self, other: Cost) -> Cost:
-        """Both, one after the other; their passes are multiplied out first."""
-        units = {*self.flops, *other.flops}
-        work = {unit: self.work(unit) + other.work(unit) for unit in units}
-        return Cost(work, dict.fromkeys(units, 1), self.bytes + other.bytes)
-
-    def times(self, count: float) -> Cost:
-        """The same several times."""
-        flops = {unit: count * value for unit, value in self.flops.items()}
-        return Cost(flops, self.passes, count * self.bytes)
-
-    def work(self, unit: str) -> float:
-        """FLOPs that the unit has to do."""
-        return self.flops.get(unit, 0.0) * self.passes.get(unit, 1)
-
-    def intensity(self) -> float:
-        """FLOPs of the units per byte."""
-        return sum(self.work(unit) for unit in self.flops) / self.bytes
+    part: str
+    unit: str = "fp32"
+    flops: float = 0.0
+    nbytes: float = 0.0
+    steps: int = 1
 
     def seconds(self, gpu: GPU) -> tuple[float, str]:
-        """The longer of computing and moving at peak, and which it is."""
-        limits = {"memory": self.bytes / gpu.memory}
-        limits |= {unit: self.work(unit) / gpu.flops[unit] for unit in self.flops}
+        """Returns the longest of computing, moving and taking the steps one by one, and which it is."""
+        limits = {
+            "arithmetic": self.flops / gpu.flops[self.unit],
+            "memory": self.nbytes / gpu.memory,
+            "steps": self.steps * LAUNCH,
+        }
         binding = max(limits, key=lambda name: limits[name])
         return limits[binding], binding
 
 
-def delta_sketch(m: int, n: int, width: int, T: int, *, given: bool = False) -> Cost:
-    """(W_t − W_0) Ω for T tasks; given: a test matrix per task is read.
+def _delta_sketch(launch: Launch) -> Work:
+    # Base, T weights, perhaps a test matrix; the value, T sums, T counts.
+    *_, (T, _, width), _, _ = launch.shapes
+    m, n = launch.shapes[0]
+    is_given = len(launch.shapes) == T + 5
+    return Work("products", "tf32" if is_given else "bf16", 3 * 2.0 * T * m * n * width, launch.nbytes)
 
-    Products with a random Ω are three of bfloat16 each, with a given one three of TF32.
+
+def _gram(launch: Launch) -> Work:
+    *batch, m, n = launch.shapes[0]
+    flops = float(math.prod(batch) * m * n * (n + 1))  # of the upper triangle
+    if launch.dtypes[0] == torch.float32:
+        return Work("products", "tf32", 3 * flops, launch.nbytes)
+    return Work("products", "bf16", flops, launch.nbytes)
+
+
+def _polar_step(launch: Launch) -> Work:
+    # Three launches: XᵀX and the polynomial by their upper triangle, and the product.
+    *batch, m, k = launch.shapes[0]
+    count = math.prod(batch)
+    flops = count * float(m * k * (k + 1) + k * k * (k + 1) + 2 * m * k * k)
+    nbytes = count * 4 * (3 * m * k + 4 * k * k)
+    return Work("products", "tf32", 3 * flops, nbytes, steps=3)
+
+
+def _lowrank_add(launch: Launch) -> Work:
+    (m, n), (_, k) = launch.shapes[:2]
+    return Work("products", "tf32", 3 * 2.0 * m * n * k, launch.nbytes)
+
+
+def _kth_largest_magnitude(launch: Launch) -> Work:
+    return Work("elementwise", nbytes=3 * launch.nbytes)  # three histograms
+
+
+def _elect_merge(launch: Launch) -> Work:
+    return Work("elementwise", nbytes=launch.nbytes)
+
+
+def _etf_project(launch: Launch) -> Work:
+    rows = launch.shapes[0][-2]
+    return Work("elementwise", nbytes=launch.nbytes * (1 if rows <= 128 else 1.5))  # then it is read twice
+
+
+# The kernels of dirmerge that merges launch.
+KERNELS: dict[str, Callable[[Launch], Work]] = {
+    "delta_sketch": _delta_sketch,
+    "gram": _gram,
+    "polar_step": _polar_step,
+    "lowrank_add": _lowrank_add,
+    "kth_largest_magnitude": _kth_largest_magnitude,
+    "elect_merge": _elect_merge,
+    "etf_project": _etf_project,
+}
+
+
+def _factorisation(launch: Launch) -> Work:
+    """Prices what torch leaves to cuSOLVER and cuBLAS, without tensor cores; see MODEL."""
+    *batch, m, n = launch.shapes[0]
+    count, p, q = math.prod(batch), min(m, n), max(m, n)
+    nbytes = float(launch.nbytes)
+    if launch.op == "_linalg_eigh":
+        flops, steps = 9.0 * n**3, n * (count if n > BATCHED else 1)
+        nbytes += count * n**3 / 3 * launch.dtypes[0].itemsize
+    elif launch.op == "_linalg_svd":
+        flops = SWEEPS * 6.0 * p**3 + (4.0 * q * p**2 if q > p else 0.0)
+        steps = SWEEPS * p * count if q > BATCHED else SWEEPS
+    elif launch.op == "linalg_qr":
+        flops, steps = 4.0 * m * p**2, -(-p // PANEL)
+    elif launch.op == "linalg_cholesky_ex":
+        flops, steps = n**3 / 3, -(-n // PANEL)
+    elif launch.op == "linalg_solve_triangular":
+        rows = math.prod(launch.shapes[1]) // max(count * n, 1)
+        flops, steps = float(rows * n**2), -(-n // PANEL)
+    else:
+        raise ValueError(f"roofline: the factorisation {launch.op} has no model, add one")
+    unit = "fp64" if launch.dtypes[0] == torch.float64 else "fp32"
+    return Work("factorisations", unit, count * flops, nbytes, max(1, steps))
+
+
+MODEL = f"""\
+- A product that torch runs: FLOP at the rate of its dtype. float32 runs without tensor cores, which is
+  torch's default; float64 runs on them.
+- A kernel of dirmerge: one launch of the Triton or CUDA C++ kernel, float32 as three TF32 products (three of
+  bfloat16 with random signs). The threshold reads its input three times.
+- `eigh`: 9 n³ FLOP, n steps one after the other, n³/3 entries read for the reduction to tridiagonal form.
+- `svd`: {SWEEPS} Jacobi sweeps of 6 n³ FLOP; a sweep has n steps, and one up to {BATCHED} columns.
+- `eigh` and `svd` above {BATCHED} columns take the matrices of a batch one after the other, as torch does.
+- `qr`, `cholesky`, triangular solve: 4 m n², n³/3, m n² FLOP, one step per {PANEL} columns, a batch at once.
+  No factorisation uses tensor cores.
+- All else: bytes alone.
+- A launch takes the longest of its FLOP at the peak of their arithmetic, its bytes at the bandwidth of the
+  memory, and {LAUNCH * 1e6:.0f} µs per step (an assumption: torch's eager mode from call to call).
+- A wait of the host costs {SYNC * 1e6:.0f} µs (an assumption). In torch, `eigh` waits once, `svd` twice.
+"""
+# Reads of what a factorisation reports: errors, and before them the convergence of an SVD.
+_WAITS = {"_linalg_eigh": 1, "_linalg_svd": 2}
+_UNITS = {torch.float64: "matrix64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
+
+
+def work(launch: Launch) -> Work:
+    """Returns what a launch has to do.
+
+    Raises:
+        ValueError: for a kernel of dirmerge or a factorisation that has no model.
     """
-    unit = "tf32" if given else "bf16"
-    moved = WEIGHT_BYTES * (T + 1) * m * n + 4 * T * width * (m + (n if given else 0))
-    return Cost({unit: 2.0 * T * m * n * width}, {unit: 3}, moved)
+    if launch.op in KERNELS:
+        return KERNELS[launch.op](launch)
+    if launch.op in table.ops():
+        raise ValueError(f"roofline: the kernel of {launch.op} has no model, add one to KERNELS")
+    if launch.op == "linalg_solve_triangular" or launch.factorisation:
+        return _factorisation(launch)
+    if launch.flops:
+        return Work("products", _UNITS[launch.dtypes[0]], launch.flops, launch.nbytes)
+    return Work("elementwise", nbytes=launch.nbytes, steps=int("empty" not in launch.op))
 
 
-def gram(m: int, n: int, batch: int = 1, itemsize: int = 4) -> Cost:
-    """XᵀX, upper triangle, float32 as three TF32 products, 16-bit as they are."""
-    unit, passes = ("tf32", 3) if itemsize == 4 else ("bf16", 1)
-    return Cost(
-        {unit: float(batch * m * n * (n + 1))}, {unit: passes}, batch * (itemsize * m * n + 4 * n * n)
+@dataclass(frozen=True)
+class Price:
+    """The predicted seconds of one merge on one GPU.
+
+    Attributes:
+        products: of GEMMs and kernels with products.
+        factorisations: of what a solver library does.
+        elementwise: of all other launches.
+        waits: of the host.
+        bus_in: of the copies to the GPU.
+        bus_out: of the copies to the host.
+        limits: the seconds of the launches by what binds them: arithmetic, memory, steps.
+    """
+
+    products: float
+    factorisations: float
+    elementwise: float
+    waits: float
+    bus_in: float
+    bus_out: float
+    limits: dict[str, float]
+
+    @property
+    def computing(self) -> float:
+        """Seconds of all launches and waits; copies overlap with those of other matrices."""
+        return self.products + self.factorisations + self.elementwise + self.waits
+
+    @property
+    def bound(self) -> str:
+        """The part that takes longest, and what binds most launches; bus where the copies take longer."""
+        if max(self.bus_in, self.bus_out) > self.computing:
+            return "bus"
+        parts = ("products", "factorisations", "elementwise", "waits")
+        part = max(parts, key=lambda name: float(getattr(self, name)))
+        return f"{part}, {max(self.limits, key=lambda name: self.limits[name])}"
+
+
+def waits_of(log: Log) -> int:
+    """Returns the waits of the host: those of the program, and those inside torch's factorisations."""
+    return log.syncs + sum(_WAITS.get(launch.op, 0) for launch in log.launches)
+
+
+def price(log: Log, gpu: GPU) -> Price:
+    """Prices a log launch by launch."""
+    parts: Counter[str] = Counter()
+    limits: Counter[str] = Counter()
+    for launch in log.launches:
+        needed = work(launch)
+        seconds, binding = needed.seconds(gpu)
+        parts[needed.part] += seconds  # type: ignore[assignment]
+        limits[binding] += seconds  # type: ignore[assignment]
+    return Price(
+        parts["products"],
+        parts["factorisations"],
+        parts["elementwise"],
+        SYNC * waits_of(log),
+        log.bytes_in / gpu.bus,
+        log.bytes_out / gpu.bus,
+        dict(limits),
     )
 
 
-def polar_step(m: int, k: int, batch: int = 1) -> Cost:
-    """One step on float32: Gram matrix, the polynomial's upper triangle, the product; three TF32 each."""
-    polynomial = Cost({"tf32": float(batch * k * k * (k + 1))}, {"tf32": 3}, batch * 8 * k * k)
-    apply = Cost({"tf32": 2.0 * batch * m * k * k}, {"tf32": 3}, batch * 4 * (2 * m * k + k * k))
-    return gram(m, k, batch) + polynomial + apply
-
-
-def product(m: int, k: int, n: int, batch: int = 1) -> Cost:
-    """A float32 GEMM to float32 accuracy."""
-    return Cost({"tf32": 2.0 * batch * m * k * n}, {"tf32": 3}, 4.0 * batch * (m * k + k * n + m * n))
-
-
-def kth_largest_magnitude(K: int, T: int) -> Cost:
-    """Three histogram passes over T float32 matrices."""
-    return Cost({}, {}, 3 * 4 * T * K * K)
-
-
-def elect_merge(entries: int, T: int) -> Cost:
-    """One read of T float32 inputs and one write; about ten operations an entry."""
-    return Cost({"fp32": 10.0 * T * entries}, {}, 4 * (T + 1) * entries)
-
-
-def etf_project(K: int, n: int) -> Cost:
-    """A read and a write of the core, three additions an entry; above 128 rows it is read twice."""
-    return Cost({"fp32": 3.0 * K * n}, {}, 4 * K * n * (2 if K <= 128 else 3))
-
-
-def lowrank_add(m: int, n: int, k: int) -> Cost:
-    """W_0 + λ L Rᵀ, float32 factors as three TF32 products, W_0 read once, the result written once."""
-    return Cost({"tf32": 2.0 * m * n * k}, {"tf32": 3}, 2 * WEIGHT_BYTES * m * n + 4 * k * (m + n))
-
-
-def small_svd(n: int, batch: int) -> Cost:
-    """Batched SVD of n × n by the library: counted as eight Jacobi sweeps of 6 n³ FLOPs in float32."""
-    return Cost({"fp32": 8 * 6.0 * batch * n**3}, {}, 4 * batch * 3 * n * n)
-
-
-def rotation_step(d: int, T: int) -> Cost:
-    """Two products, the fused skew step, eight polar steps and the deviation."""
-    skew = Cost({"fp32": 4.0 * T * d * d}, {}, 12 * T * d * d)
-    return product(d, d, d, 2 * T) + skew + polar_step(d, d, T).times(8) + gram(d, d, T)
-
-
-def cholesky_qr2(m: int, k: int, batch: int) -> Cost:
-    """Two rounds of Gram matrix, Cholesky (k³/3) and triangular solve (m k²)."""
-    chol = Cost({"fp32": batch * k**3 / 3}, {}, 8 * batch * k * k)
-    solve = Cost({"tf32": float(batch * m * k * k)}, {"tf32": 3}, 4 * batch * (2 * m * k + k * k))
-    return (gram(m, k, batch) + chol + solve).times(2)
-
-
-def eigh(k: int, batch: int) -> Cost:
-    """Symmetric eigenproblem by the library, 9 k³ in float32, half of it bound by memory in any library."""
-    return Cost({"fp32": 9.0 * batch * k**3}, {}, 4 * batch * 3 * k * k)
-
-
-def kernels(layer: Layer) -> list[tuple[str, str, Cost]]:
-    """Every kernel at the sizes that eight full fine-tunes of a layer give it: op, form, cost."""
-    m, n, p = layer.m, layer.n, min(layer.m, layer.n)
-    width, K = p // TASKS + OVERSAMPLING, p // TASKS * TASKS
+def costly(log: Log, gpu: GPU, count: int = 3) -> list[dict[str, Any]]:
+    """Returns the lines of dirmerge whose launches of one op take longest."""
+    seconds: Counter[tuple[str, str]] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()
+    largest: dict[tuple[str, str], Launch] = {}
+    for launch in log.launches:
+        key = launch.where, launch.op
+        seconds[key] += work(launch).seconds(gpu)[0]  # type: ignore[assignment]
+        numbers[key] += 1
+        if key not in largest or launch.nbytes > largest[key].nbytes:
+            largest[key] = launch
     return [
-        ("delta_sketch", f"random, width {width}", delta_sketch(m, n, width, TASKS)),
-        ("delta_sketch", f"given, width {width}", delta_sketch(m, n, width, TASKS, given=True)),
-        ("gram", f"{TASKS} × {m}×{width}, float32", gram(m, width, TASKS)),
-        ("gram", f"{m}×{K}, bfloat16", gram(m, K, itemsize=2)),
-        ("polar_step", f"{m}×{K}, float32", polar_step(m, K)),
-        ("kth_largest_magnitude", f"{TASKS} × {K}×{K}", kth_largest_magnitude(K, TASKS)),
-        ("elect_merge", f"{TASKS} × {K}×{K}", elect_merge(K * K, TASKS)),
-        ("etf_project", f"{K}×{K}", etf_project(K, K)),
-        ("lowrank_add", f"rank {TASKS * ADAPTER_RANK}", lowrank_add(m, n, TASKS * ADAPTER_RANK)),
-        ("lowrank_add", f"rank {K}", lowrank_add(m, n, K)),
-        ("rotation_step", f"{TASKS} × {n}×{n}", rotation_step(n, TASKS)),
+        {
+            "where": where,
+            "op": op,
+            "launches": numbers[where, op],
+            "shapes": " · ".join("×".join(map(str, shape)) for shape in largest[where, op].shapes[:2]),
+            "dtype": str(largest[where, op].dtypes[0]).removeprefix("torch."),
+            "seconds": spent,
+        }
+        for (where, op), spent in seconds.most_common(count)
     ]
 
 
-def read_bytes(layer: Layer, *, adapters: bool) -> tuple[float, float]:
-    """Bytes of a layer's base and of its tasks, as they lie in files."""
-    base = float(WEIGHT_BYTES * layer.m * layer.n)
-    tasks = WEIGHT_BYTES * TASKS * ADAPTER_RANK * (layer.m + layer.n) if adapters else TASKS * base
-    return base, tasks
+# The matrices of LLaMA-7B, and the MLP of a model of 1.1 B parameters.
+SHAPES = (*((layer.m, layer.n) for layer in MODELS["llama7b"]), (5632, 2048))
 
 
-def stages(layer: Layer, *, dc_merge: bool, adapters: bool) -> list[tuple[str, Cost]]:
-    """What one layer's merge computes: DC-Merge or TSV-M, full fine-tunes of rank p/8 or rank-16 adapters."""
-    m, n, p, T = layer.m, layer.n, min(layer.m, layer.n), TASKS
-    r = ADAPTER_RANK if adapters else p // T
-    K = T * r
-    if adapters:
-        decomposition = [
-            ("thin QRs", cholesky_qr2(m, r, T) + cholesky_qr2(n, r, T)),
-            ("small SVDs", small_svd(r, T) + product(m, r, r, T) + product(n, r, r, T)),
-        ]
-    else:
-        s = r + OVERSAMPLING
-        # Z = DᵀQ and Y = D Z.
-        once = delta_sketch(n, m, s, T, given=True) + delta_sketch(m, n, s, T, given=True)
-        once += cholesky_qr2(n, s, T) + cholesky_qr2(m, s, T)
-        last = delta_sketch(n, m, s, T, given=True) + gram(n, s, T) + eigh(s, T)
-        decomposition = [
-            ("sketch", delta_sketch(m, n, s, T) + cholesky_qr2(m, s, T)),
-            (f"{POWER_ITERATIONS} power iterations", once.times(POWER_ITERATIONS)),
-            ("last pass, small SVDs", last + product(m, s, r, T) + product(n, s, r, T)),
-        ]
-    # On the Gram matrix where the stacked bases are tall: K × K steps, and one product at the end.
-    cover = Cost({}, {}, 0)
-    for size in (m, n):
-        if size >= 2 * K:
-            cover += gram(size, K) + polar_step(K, K).times(POLAR_STEPS) + product(size, K, K)
-        else:
-            cover += polar_step(size, K).times(POLAR_STEPS)
-    found = [*decomposition, (f"cover spaces, {POLAR_STEPS} polar steps", cover)]
-    if dc_merge:
-        # C_uᵀU and C_vᵀV once, then per task (K × r)(r × K); each coordinate matrix is written once.
-        coordinates = product(K, m, K) + product(K, n, K) + product(K, r, K, T)
-        found += [
-            ("coordinates", coordinates),
-            ("threshold, election", kth_largest_magnitude(K, T) + elect_merge(T * r * r, T)),
-        ]
-        # The block diagonal core goes into the left side: T products (m × r)(r × r).
-        found.append(("apply", product(m, r, r, T) + lowrank_add(m, n, K)))
-    else:
-        scaling = Cost({"fp32": float(m * K)}, {}, 8 * m * K)
-        found.append(("apply", scaling + lowrank_add(m, n, K)))
-    return found
+def row(method: str, m: int, n: int, tasks: int, *, adapters: bool) -> dict[str, Any]:
+    """Records one case and returns its figures."""
+    log = record(method, m, n, tasks, adapters=adapters)
+    launched = [launch for launch in log.launches if work(launch).steps]
+    return {
+        "method": method,
+        "inputs": "adapters" if adapters else "full",
+        "shape": [m, n],
+        "tasks": tasks,
+        "launches": len(launched),
+        "waits": waits_of(log),
+        "flops": sum(work(launch).flops for launch in log.launches),
+        "bytes": sum(work(launch).nbytes for launch in log.launches),
+        "bytes_in": log.bytes_in,
+        "bytes_out": log.bytes_out,
+        "peak_bytes": log.peak_bytes,
+        "prices": {gpu.name: asdict(price(log, gpu)) for gpu in GPUS},
+        "costly": costly(log, GPUS[1]),
+    }
 
 
-def merge(family: str, *, dc_merge: bool, adapters: bool) -> list[tuple[str, Cost]]:
-    """The stages of a whole model: every layer of every block."""
-    total: dict[str, Cost] = {}
-    for layer in MODELS[family]:
-        for name, cost in stages(layer, dc_merge=dc_merge, adapters=adapters):
-            cost = cost.times(BLOCKS[family] * layer.per_block)
-            total[name] = total[name] + cost if name in total else cost
-    return list(total.items())
+def program() -> str:
+    """Returns the commit that last changed the package, and whether it has changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    changed = " with changes that are not committed" if git("status", "--porcelain", "dirmerge") else ""
+    return git("log", "-1", "--format=%h", "--", "dirmerge") + changed
 
 
-def model_bytes(family: str, *, adapters: bool) -> tuple[float, float]:
-    """Bytes of a model's matrices, of the base and of the tasks."""
-    pairs = [
-        [BLOCKS[family] * layer.per_block * size for size in read_bytes(layer, adapters=adapters)]
-        for layer in MODELS[family]
-    ]
-    return sum(base for base, _ in pairs), sum(tasks for _, tasks in pairs)
+def measure() -> dict[str, Any]:
+    """Records every method at every shape, full fine-tunes and adapters."""
+    rows = []
+    for m, n in SHAPES:
+        for adapters in (False, True):
+            for method in sorted(METHODS):
+                rows.append(row(method, m, n, TASKS, adapters=adapters))
+                found = rows[-1]
+                print(f"{method}, {found['inputs']}, {m} × {n}: {found['launches']} launches", flush=True)
+    return {"program": program(), "rows": rows}
 
 
-def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError("the last unit takes everything")
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-def _count(value: float) -> str:
-    if not value:
-        return "–"
-    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= factor or unit == "M":
-            return f"{value / factor:.3g} {unit}"
-    raise AssertionError("the last unit takes everything")
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    marks = ["---"] * left + ["---:"] * (len(columns) - left)
+    return [f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows)]
 
 
-def _row(name: Sequence[str], cost: Cost) -> str:
-    flops = sum(cost.work(unit) for unit in cost.flops)
-    found = [cost.seconds(gpu) for gpu in GPUS]
-    limits = list(dict.fromkeys(limit for _, limit in found))
-    cells = [*name, _count(flops), f"{_count(cost.bytes)}B", f"{cost.intensity():.3g}", ", ".join(limits)]
-    return f"| {' | '.join([*cells, *(_time(seconds) for seconds, _ in found)])} |"
+def _prices(found: dict[str, Any]) -> dict[str, Price]:
+    return {name: Price(**values) for name, values in found["prices"].items()}
 
 
-def _header(first: Iterable[str]) -> list[str]:
-    columns = [*first, "FLOP", "bytes", "FLOP/byte", "limit", *(gpu.name for gpu in GPUS)]
-    marks = ["---"] * len(list(first)) + ["---:"] * 3 + ["---"] + ["---:"] * len(GPUS)
-    return [f"| {' | '.join(cells)} |" for cells in (columns, marks)]
+def _case(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of one shape and kind of inputs."""
+    columns = ["method", "bound on H100", "launches", "waits", "TFLOP", "GB", "in MB", "out MB"]
+    columns += ["products", "factorisations", "elementwise", "waiting", "arithmetic"]
+    columns += [f"{gpu.name}, ms" for gpu in GPUS] + ["bus, ms"]
+    lines = []
+    for found in rows:
+        prices = _prices(found)
+        h100 = prices["H100"]
+        cells = [found["method"], h100.bound, str(found["launches"]), str(found["waits"])]
+        cells += [f"{found['flops'] / 1e12:.3g}", f"{found['bytes'] / 1e9:.3g}"]
+        cells += [f"{found[key] / 1e6:.0f}" for key in ("bytes_in", "bytes_out")]
+        parts = (h100.products, h100.factorisations, h100.elementwise, h100.waits)
+        cells += [_ms(seconds) for seconds in parts]
+        cells.append(f"{h100.limits.get('arithmetic', 0.0) / h100.computing:.0%}")
+        cells += [_ms(prices[gpu.name].computing) for gpu in GPUS]
+        lines.append([*cells, _ms(h100.bus_in)])
+    return _table(columns, lines, 2)
 
 
-def _whole_model(family: str, *, dc_merge: bool, adapters: bool) -> list[str]:
-    base, tasks = model_bytes(family, adapters=adapters)
-    found = merge(family, dc_merge=dc_merge, adapters=adapters)
-    method = "DC-Merge" if dc_merge else "TSV-M"
-    kind = f"rank-{ADAPTER_RANK} adapters" if adapters else f"full fine-tunes, r = p/{TASKS}"
-    lines = [f"### {method}, {TASKS} {kind}", "", *_header(["stage"])]
-    reading, sending = (base + tasks) / FILE_BANDWIDTH, [(base + tasks) / gpu.bus for gpu in GPUS]
-    moved = f"| – | {_count(base + tasks)}B | – |"
-    lines.append(f"| read from files {moved} files | {' | '.join([_time(reading)] * len(GPUS))} |")
-    lines.append(f"| send to the GPU {moved} PCIe | {' | '.join(map(_time, sending))} |")
-    lines += [_row([name], cost) for name, cost in found]
-    computed = [sum(cost.seconds(gpu)[0] for _, cost in found) for gpu in GPUS]
-    total = [max(reading, bus, time) for bus, time in zip(sending, computed, strict=True)]
-    lines.append(f"| all computing | | | | | {' | '.join(map(_time, computed))} |")
-    lines.append(f"| all, reading and computing at once | | | | | {' | '.join(map(_time, total))} |")
-    return [*lines, ""]
-
-
-def page() -> str:
-    """Renders the page."""
+def _costly(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "# Roofline: a prediction",
-        "",
-        "**A prediction from public peak figures. Nothing on this page was measured, and no kernel of this",
-        "project has been timed on a GPU.** Written by `python -m benchmarks.roofline` from",
-        "benchmarks/shapes.py; real kernels reach a part of the peaks, matrix kernels usually half to three",
-        "quarters.",
-        "",
-        "FLOP are those of the units: a product to float32 accuracy is three of TF32, or three of bfloat16",
-        "with random signs, so it counts three times; bytes count every input and output of a kernel once.",
-        "The time is the longest of bytes over memory bandwidth and FLOP over the peak of each kind of",
-        "arithmetic; `limit` says which it is (one word per GPU where they differ, in the order of columns).",
-        "",
-        *SOURCES.splitlines(),
-        "",
-        f"T = {TASKS} tasks in bfloat16; sketches of p/{TASKS} + {OVERSAMPLING} columns.",
-        "",
+        [
+            found["method"],
+            f"`{line['where']}`",
+            line["op"],
+            f"{line['shapes']} {line['dtype']}",
+            str(line["launches"]),
+            _ms(line["seconds"]),
+            f"{line['seconds'] / _prices(found)['H100'].computing:.0%}",
+        ]
+        for found in rows
+        for line in found["costly"]
     ]
-    for family in ("vit-l", "llama7b"):
-        name = {"vit-l": "ViT-L", "llama7b": "LLaMA-7B"}[family]
-        for layer in MODELS[family]:
-            lines += [f"## {name}, {layer.name} {layer.m} × {layer.n}", "", *_header(["op", "form"])]
-            lines += [_row([op, form], cost) for op, form, cost in kernels(layer)]
-            lines.append("")
-    lines += [
-        "## A whole model of 7B, stage by stage",
-        "",
-        f"The {BLOCKS['llama7b']} blocks of LLaMA-7B, their seven matrices each; embeddings and norms are",
-        f"left out. {POWER_ITERATIONS} power iterations and a last pass, both cover spaces by polar steps,",
-        "all to float32 accuracy. A stage counts as if FLOP and bytes of its kernels overlapped.",
-        "",
-    ]
-    for adapters in (False, True):
-        for dc_merge in (True, False):
-            lines += _whole_model("llama7b", dc_merge=dc_merge, adapters=adapters)
+    return _table(["method", "line", "op", "largest", "launches", "ms", "of all"], lines, 4)
+
+
+def _whole_model(rows: Sequence[dict[str, Any]], inputs: str) -> list[str]:
+    """The table of all matrices of LLaMA-7B."""
+    lines = []
+    for method in sorted({found["method"] for found in rows}):
+        times, bus, read = Counter[str](), Counter[str](), 0.0
+        for layer in MODELS["llama7b"]:
+            key = (method, inputs, [layer.m, layer.n])
+            found = next(r for r in rows if (r["method"], r["inputs"], r["shape"]) == key)
+            count = BLOCKS["llama7b"] * layer.per_block
+            entries = layer.m * layer.n
+            own = ADAPTER_RANK * (layer.m + layer.n) if inputs == "adapters" else entries
+            read += count * ITEMSIZE * (entries + TASKS * own)
+            for name, one in _prices(found).items():
+                times[name] += count * one.computing  # type: ignore[assignment]
+                bus[name] += count * max(one.bus_in, one.bus_out)  # type: ignore[assignment]
+        cells = [method, f"{read / FILE_BANDWIDTH:.3g}", f"{bus['H100']:.3g}"]
+        cells += [f"{times[gpu.name]:.3g}" for gpu in GPUS]
+        limits = {"files": read / FILE_BANDWIDTH, "bus": bus["H100"], "computing": times["H100"]}
+        lines.append([*cells, max(limits, key=lambda name: limits[name])])
+    columns = ["method", "files", "bus, H100", *(f"computing, {gpu.name}" for gpu in GPUS), "bound on H100"]
+    return _table(columns, lines)
+
+
+INTRODUCTION = f"""\
+# Roofline: a prediction
+
+**Nothing on this page ran on a GPU, and no time on it was measured.** It is what the program at commit
+{{program}} launches on a GPU, priced by public peak figures. Real programs reach a part of the peaks.
+Written by `python -m benchmarks.roofline` from roofline.json beside it.
+
+The program is `dirmerge.merge` with default options, from bfloat16 files to a full model. It runs on the
+tests' shadow GPU (tests/shadow), which notes every operation on the device with its shapes. It runs without
+values: nothing is computed, so that the real shapes cost no time. Conditions that a device reads at the end
+of a batch (full rank, finite values, convergence) are taken to hold, which is the usual case.
+
+## How a launch is priced
+
+{MODEL}
+{SOURCES}
+Not counted: the small kernels inside one torch operation. The column `factorisations` is the least certain:
+its model is simple, and no solver library was measured.
+"""
+COLUMNS = """\
+`launches` without allocations; `waits` of the host, those inside torch included; `TFLOP` of the units; `GB`
+read and written in the GPU's memory; `in` and `out` over the bus. The parts are milliseconds on H100.
+`arithmetic` is the share of the time in which FLOP bind. A card's column is the time of all launches and
+waits. `bus` is copying in, on H100; in a long merge it overlaps with the computation of the matrix before.
+`bound` names the longest part, and what binds most of the time: arithmetic, memory, or steps (one launch
+after the other).
+"""
+WHOLE_MODEL = f"""\
+## All matrices of LLaMA-7B, in seconds
+
+The {BLOCKS["llama7b"]} blocks with their seven matrices each, one after the other on one GPU; embeddings and
+norms are left out. Files are read at 7 GB/s (an assumption: one NVMe drive). Reading, copying and computing
+overlap: the longest of the three is the time of the merge.
+"""
+
+
+def page(measured: dict[str, Any]) -> str:
+    """Renders the page."""
+    rows = measured["rows"]
+    lines = [*INTRODUCTION.format(program=measured["program"]).splitlines(), ""]
+    for m, n in SHAPES:
+        for inputs in ("full", "adapters"):
+            own = [found for found in rows if (found["shape"], found["inputs"]) == ([m, n], inputs)]
+            kind = "full fine-tunes" if inputs == "full" else f"rank-{ADAPTER_RANK} adapters"
+            lines += [f"## One matrix of {m} × {n}, {TASKS} {kind}", ""]
+            if (m, n) == SHAPES[0] and inputs == "full":
+                lines += [*COLUMNS.splitlines(), ""]
+            lines += [*_case(own), ""]
+            if (m, n) == SHAPES[0]:
+                lines += ["Where the time goes on H100, three lines of dirmerge each:", "", *_costly(own), ""]
+    lines += [*WHOLE_MODEL.splitlines(), ""]
+    for inputs, kind in (("full", "full fine-tunes"), ("adapters", f"rank-{ADAPTER_RANK} adapters")):
+        lines += [f"### {TASKS} {kind}", "", *_whole_model(rows, inputs), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def main() -> None:
+    """Records every case and writes the figures and the page."""
+    measured = measure()
+    RESULTS.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(measured))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    main()

@@ -7,10 +7,12 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import re
 import struct
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shadow import Launch
 
 import dirmerge
 from benchmarks import (
     competitors,
     inputs,
+    launches,
     report,
     roofline,
     svd_choice,
@@ -36,76 +40,140 @@ from dirmerge import ops
 from dirmerge.demo.examples import Example
 from dirmerge.demo.sources import SourceError
 from dirmerge.linalg import svd_truncated
+from dirmerge.methods import METHODS
 from dirmerge.ops.delta_sketch import random_signs
 
-A100 = roofline.GPUS[0]
+A100, H100 = roofline.GPUS[:2]
+
+
+def launched(op: str, *tensors: tuple[torch.dtype, tuple[int, ...]], flops: int = 0) -> Launch:
+    """A launch on tensors of these dtypes and shapes, each read or written once."""
+    shapes = tuple(shape for _, shape in tensors)
+    nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors)
+    return Launch(op, 0, shapes, tuple(dtype for dtype, _ in tensors), flops, nbytes, "a.py:1")
 
 
 class TestRoofline:
-    """Eight fine-tunes of a 4096 × 4096 matrix in bfloat16, by hand."""
+    """Launches priced by hand, and what a merge launches, counted by hand."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "unit", "seconds"),
+        [
+            (torch.float32, "fp32", 2 * 4096**3 / 19.5e12),
+            (torch.float64, "matrix64", 2 * 4096**3 / 19.5e12),
+            (torch.bfloat16, "bf16", 2 * 4096**3 / 312e12),
+        ],
+    )
+    def test_a_product(self, dtype: torch.dtype, unit: str, seconds: float) -> None:
+        needed = roofline.work(launched("mm", *[(dtype, (4096, 4096))] * 3, flops=2 * 4096**3))
+        assert (needed.part, needed.unit) == ("products", unit)
+        assert needed.seconds(A100) == (seconds, "arithmetic")
 
     def test_delta_sketch(self) -> None:
-        cost = roofline.delta_sketch(4096, 4096, 528, 8)
+        half, single = torch.bfloat16, torch.float32
+        weights = [(half, (4096, 4096))] * 9
+        made = [(single, (8, 4096, 528)), (torch.float64, (8,)), (torch.int64, (8,))]
+        needed = roofline.work(launched("delta_sketch", *weights, *made))
         # 8 · 2 · 4096² · 528 multiplications and additions, each by three bfloat16 products.
-        assert cost.flops == {"bf16": 141_733_920_768}
-        assert cost.work("bf16") == 425_201_762_304
-        # Nine matrices of 33 554 432 bytes; 8 results of 4096 × 528 in float32.
-        assert cost.bytes == 9 * 33_554_432 + 69_206_016
-        seconds, limit = cost.seconds(A100)
-        assert limit == "bf16"
-        assert seconds == pytest.approx(1.3628e-3, rel=1e-4)
+        assert (needed.unit, needed.flops) == ("bf16", 425_201_762_304)
+        # Nine matrices of 33 554 432 bytes; 8 results of 4096 × 528 in float32; two numbers per task.
+        assert needed.nbytes == 9 * 33_554_432 + 69_206_016 + 128
+        given = roofline.work(launched("delta_sketch", *weights, (single, (8, 4096, 528)), *made))
+        assert (given.unit, given.flops) == ("tf32", 425_201_762_304)
 
-    def test_a_given_test_matrix_is_read(self) -> None:
-        cost = roofline.delta_sketch(4096, 4096, 528, 8, given=True)
-        assert cost.work("tf32") == 425_201_762_304
-        assert cost.bytes == 9 * 33_554_432 + 2 * 69_206_016
+    def test_gram_forms_the_upper_triangle(self) -> None:
+        needed = roofline.work(launched("gram", (torch.float32, (2, 64, 8)), (torch.float32, (2, 8, 8))))
+        assert (needed.unit, needed.flops) == ("tf32", 3 * 2 * 64 * 8 * 9)
+        narrow = roofline.work(launched("gram", (torch.bfloat16, (64, 8)), (torch.float32, (8, 8))))
+        assert (narrow.unit, narrow.flops) == ("bf16", 64 * 8 * 9)
 
     def test_polar_step(self) -> None:
-        cost = roofline.polar_step(4096, 4096)
+        needed = roofline.work(launched("polar_step", *[(torch.float32, (4096, 4096))] * 2))
         # Both symmetric products by their upper triangle, 4096² · 4097 each, and 2 · 4096³; three TF32 each.
-        assert cost.work("tf32") == 3 * (2 * 68_736_253_952 + 137_438_953_472)
+        assert (needed.unit, needed.flops) == ("tf32", 3 * (2 * 68_736_253_952 + 137_438_953_472))
         # X is read twice, G and P are written and read, the result is written: seven matrices.
-        assert cost.bytes == 7 * 67_108_864
+        assert (needed.nbytes, needed.steps) == (7 * 67_108_864, 3)
 
-    def test_memory_binds_the_passes(self) -> None:
-        found = roofline.kth_largest_magnitude(4096, 8)
-        assert found.bytes == 3 * 8 * 67_108_864
-        assert found.seconds(A100) == (found.bytes / 2.039e12, "memory")
-        assert roofline.elect_merge(8 * 512 * 512, 8).bytes == 9 * 8 * 512 * 512 * 4
+    def test_passes_over_memory(self) -> None:
+        x = (torch.float32, (4096, 4096))
+        found = roofline.work(launched("kth_largest_magnitude", x)).seconds(A100)
+        assert found == (3 * 67_108_864 / 2.039e12, "memory")
+        assert roofline.work(launched("add", x, x, x)).seconds(A100) == (3 * 67_108_864 / 2.039e12, "memory")
 
-    def test_lowrank_add(self) -> None:
-        cost = roofline.lowrank_add(4096, 4096, 128)
-        assert cost.work("tf32") == 3 * 4_294_967_296
-        assert cost.bytes == 2 * 33_554_432 + 2 * 2_097_152
+    def test_a_factorisation_takes_its_steps(self) -> None:
+        double = torch.float64
+        needed = roofline.work(launched("_linalg_eigh", (double, (512, 512)), (double, (512,))))
+        assert (needed.part, needed.unit, needed.flops) == ("factorisations", "fp64", 9 * 512**3)
+        assert needed.seconds(H100) == (512 * roofline.LAUNCH, "steps")
+        # Eight sweeps of 64 steps for each of three matrices; small matrices share theirs.
+        batch = roofline.work(launched("_linalg_svd", (torch.float32, (3, 64, 64))))
+        assert (batch.flops, batch.steps) == (3 * 48 * 64**3, 3 * 8 * 64)
+        small = roofline.work(launched("_linalg_svd", (torch.float32, (3, 16, 16))))
+        assert (small.flops, small.steps) == (3 * 48 * 16**3, 8)
+        solved = roofline.work(launched("linalg_solve_triangular", *[(double, (3, 100, 100))] * 2))
+        assert (solved.flops, solved.steps) == (3 * 100**3, 2)
 
-    def test_a_sum_multiplies_out_the_passes(self) -> None:
-        narrow = roofline.gram(64, 8, itemsize=2)
-        both = roofline.delta_sketch(64, 64, 8, 2) + narrow
-        assert both.work("bf16") == 3 * 2 * 2 * 64 * 64 * 8 + 64 * 8 * 9
+    def test_waits_inside_torch_are_counted(self) -> None:
+        x = (torch.float32, (8, 8))
+        log = launches.Log([launched(op, x) for op in ("_linalg_eigh", "_linalg_svd", "add")], 1, 0, 0, 0)
+        assert roofline.waits_of(log) == 1 + 1 + 2
 
-    def test_a_model_of_7b(self) -> None:
-        base, tasks = roofline.model_bytes("llama7b", adapters=False)
-        # 32 blocks of 4 · 4096² + 3 · 4096 · 11008 entries of two bytes.
-        assert base == 2 * 32 * 202_375_168
-        assert tasks == 8 * base
-        assert roofline.model_bytes("llama7b", adapters=True)[1] == 2 * 8 * 16 * 32 * (
-            8 * 4096 + 6 * 7552 + 0
-        )
+    def test_a_launch_has_a_price_and_an_allocation_none(self) -> None:
+        scalar = (torch.float32, ())
+        assert roofline.work(launched("neg", scalar, scalar)).seconds(H100) == (roofline.LAUNCH, "steps")
+        assert roofline.work(dataclasses.replace(launched("empty", scalar), nbytes=0)).seconds(H100)[0] == 0
 
-    def test_dc_merge_has_two_stages_more_than_tsv_m(self) -> None:
-        for adapters in (False, True):
-            names = [
-                [name for name, _ in roofline.merge("llama7b", dc_merge=dc_merge, adapters=adapters)]
-                for dc_merge in (True, False)
-            ]
-            assert [name for name in names[0] if name not in names[1]] == [
-                "coordinates",
-                "threshold, election",
-            ]
+    def test_what_has_no_model_is_refused(self) -> None:
+        x = (torch.float32, (8, 8))
+        with pytest.raises(ValueError, match="kernel of rotation_step has no model"):
+            roofline.work(launched("rotation_step", x, x))
+        with pytest.raises(ValueError, match="linalg_lu_factor_ex has no model"):
+            roofline.work(launched("linalg_lu_factor_ex", x, x))
+
+    def test_a_merge_is_the_sum_of_its_launches(self) -> None:
+        square = (torch.float32, (4096, 4096))
+        product = launched("mm", square, square, square, flops=2 * 4096**3)
+        log = launches.Log([product, launched("add", square, square, square)], 2, 64_000, 6_400, 0)
+        found = roofline.price(log, H100)
+        assert found.products == found.limits["arithmetic"] == 2 * 4096**3 / 67e12
+        assert found.elementwise == found.limits["memory"] == 3 * 67_108_864 / 3.35e12
+        assert found.computing == found.products + found.elementwise + 2 * roofline.SYNC
+        assert (found.bus_in, found.bus_out) == (1e-6, 1e-7)
+        assert found.bound == "products, arithmetic"
+        assert dataclasses.replace(found, bus_in=1.0).bound == "bus"
+
+    def test_the_launches_of_a_sum(self, shadow_gpu: Any) -> None:
+        one, two = (launches.record("task_arithmetic", 40, 24, T, adapters=False) for T in (2, 3))
+        size = 40 * 24
+        # All models and the base come in; the sum in bfloat16 and the count of its non-finite entries go out.
+        assert (one.bytes_in, two.bytes_in) == (3 * 2 * size, 4 * 2 * size)
+        assert one.bytes_out == two.bytes_out == 2 * size + 8
+        assert one.syncs == two.syncs == 0
+        found = Counter(launch.op for launch in two.launches)
+        found.subtract(launch.op for launch in one.launches)
+        # One task more is copied in, widened, subtracted from, scaled and added.
+        assert +found == {"empty": 1, "copy_": 1, "sub": 1, "mul": 1, "add_": 1}
+        bytes_of = [sum(roofline.work(launch).nbytes for launch in log.launches) for log in (one, two)]
+        assert bytes_of[1] - bytes_of[0] == ((2 + 4) + (4 + 4 + 4) + (4 + 4) + (4 + 4 + 4)) * size
+
+    def test_the_products_of_adapters(self, shadow_gpu: Any) -> None:
+        log = launches.record("ties", 40, 24, 3, adapters=True)
+        products = [launch for launch in log.launches if launch.flops]
+        # Each B A, rank 16, is multiplied out once.
+        assert [launch.flops for launch in products] == [2 * 40 * 16 * 24] * 3
+        assert log.bytes_in == 2 * 40 * 24 + 3 * 2 * 16 * (40 + 24)
 
     def test_the_page_is_what_the_script_writes(self) -> None:
-        assert roofline.PAGE.read_text() == roofline.page(), "python -m benchmarks.roofline"
-        assert "A prediction" in roofline.page()
+        measured = json.loads(roofline.RESULTS.read_text())
+        assert roofline.PAGE.read_text() == roofline.page(measured), "python -m benchmarks.roofline"
+        cases = {(row["method"], row["inputs"], *row["shape"]) for row in measured["rows"]}
+        assert len(cases) == len(measured["rows"])
+        assert cases == {
+            (method, inputs, *shape)
+            for method in METHODS
+            for inputs in ("full", "adapters")
+            for shape in roofline.SHAPES
+        }
 
 
 def run(**medians: float) -> dict[str, Any]:

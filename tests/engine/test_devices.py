@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import write_adapter_folder, write_model
 from safetensors.torch import load_file
-from shadow import RaceError
+from shadow import RaceError, tensor
 
 from dirmerge import api
 from dirmerge.engine import compute, lanes, work
@@ -141,6 +141,18 @@ def test_no_large_factorisation(shadow_gpu, folders, tmp_path, method, kind):
         merged(folders, tmp_path / "gpu", method, kind, "cuda")
     narrow = kind != "full" and method not in DENSE
     assert gpu.largest_factorisation <= (3 * 4 if narrow else 96)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_without_values_the_same_is_launched(shadow_gpu, folders, tmp_path, monkeypatch, method, kind):
+    monkeypatch.setattr(tensor, "kernel_of", lambda *_: None)
+    logs = []
+    for values in (True, False):
+        with shadow_gpu(values=values) as gpu:
+            merged(folders, tmp_path / "gpu", method, kind, "cuda")
+        logs.append((Counter(gpu.launches), gpu.syncs, gpu.bytes_in, gpu.bytes_out))
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("method", ["ties", "dc_merge"])

@@ -61,11 +61,23 @@ class Shadow:
         devices: how many GPUs.
         memory: bytes of each; beyond it torch.OutOfMemoryError.
         schedule: a seed for random delays before copies and waits, which shuffle the order of the threads.
+        values: False computes nothing, so that a log of any size takes seconds: tensors on a device have a
+            shape alone; what is read of them is 1, True, or 0 of whole numbers. An op of dirmerge that has a
+            kernel for CUDA is one launch of it.
     """
 
-    def __init__(self, devices: int = 1, memory: int = 80 << 30, schedule: int | None = None) -> None:
+    def __init__(
+        self,
+        devices: int = 1,
+        memory: int = 80 << 30,
+        schedule: int | None = None,
+        *,
+        values: bool = True,
+    ) -> None:
         self.devices = devices
         self.memory = memory
+        self.values = values
+        self.data_device = torch.device("cpu" if values else "meta")
         self.lock = threading.RLock()
         self.syncs: Counter[str] = Counter()
         self.event_syncs: Counter[str] = Counter()

@@ -37,7 +37,7 @@ class Launch:
         shapes: of its tensors, inputs first.
         dtypes: of the same tensors.
         flops: of the products that torch counts; 0 for all else.
-        nbytes: of all its tensors.
+        nbytes: that it reads and writes. A tensor expanded from fewer numbers counts as if it were full.
         where: file and line of dirmerge that asked for it.
     """
 
@@ -78,5 +78,26 @@ CHECKED = (
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Returns the FLOPs of a product, as torch's own counter has them; 0 for all else."""
-    counter = flop_registry.get(func.overloadpacket)
+    # The counter does not know the forms that write in place.
+    name = func._schema.name.split("::")[1].removesuffix("_")
+    counter = flop_registry.get(getattr(torch.ops.aten, name, None))
     return 0 if counter is None else int(counter(*args, **kwargs, out_val=out))
+
+
+def moved(func: Any, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor], written: set[int]) -> int:
+    """Returns the bytes that an operation reads and writes.
+
+    Args:
+        func: the operation.
+        given: tensors among its arguments.
+        made: its new results.
+        written: ids of the arguments that it writes.
+    """
+    name = func._schema.name.split("::")[1]
+    if "empty" in name:
+        return 0
+    is_pattern = name.startswith("new_") or name.endswith("_like")  # the arguments give shape and dtype alone
+    is_filled = name in ("fill_", "zero_", "copy_") or func._overloadname.endswith("out")
+    read = [t for t in given if not (is_pattern or (is_filled and id(t) in written))]
+    stored = [*made, *(t for t in given if id(t) in written)]
+    return sum(t.numel() * t.element_size() for t in (*read, *stored))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._meta_registrations  # shapes of the operations that have no meta kernel in C++
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from dirmerge.backends import table
-from shadow.log import Launch, flops_of
+from shadow.log import Launch, flops_of, moved
 from shadow.streams import Allocation, RaceError, checksum
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ class ShadowTensor(torch.Tensor):
     """A tensor with CPU data and the address of a GPU.
 
     Attributes:
-        data_on_cpu: the numbers.
+        data_on_cpu: the numbers; a meta tensor where the shadow has no values.
         allocation: the device memory it lies in.
     """
 
@@ -79,8 +82,10 @@ def dispatch(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
     if func is aten._pin_memory.default:
         return gpu.pin(args[0].clone())
     if func.namespace == "dirmerge" and shadows:
-        # Its torch implementation, on shadow tensors: what it launches is seen.
         name = func._schema.name.split("::")[1]
+        if not gpu.values and kernel_of(name, args) is not None:
+            return _launch(gpu, func, args, kwargs, flat, shadows, None)
+        # Its torch implementation, on shadow tensors: what it launches is seen.
         with gpu.entered():
             return table.implementations(name, "cuda")["torch"].function(*args, **kwargs)
     if shadows and func._can_decompose():
@@ -91,7 +96,7 @@ def dispatch(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
     asked = None if target is None else torch.device(target)
     if func is aten._local_scalar_dense.default and shadows:
         gpu.note_sync("reads a number")
-        return func(*tree_map(_on_cpu, args))
+        return func(answer(args[0]) if not gpu.values else args[0].data_on_cpu)
     if func in (aten._to_copy.default, aten.copy_.default):
         return _copy(gpu, func, args, kwargs)
     if not shadows and (asked is None or asked.type != "cuda"):
@@ -124,7 +129,7 @@ def _launch(
     index = asked.index if asked is not None and asked.type == "cuda" else None
     device = index if index is not None else (devices.pop() if devices else gpu.current_device())
     if asked is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        kwargs = {**kwargs, "device": gpu.data_device}
     kwargs.pop("pin_memory", None)
     if func._schema.name.split("::")[1] in DATA_DEPENDENT:
         gpu.note_sync("has a shape that follows from values")
@@ -141,7 +146,8 @@ def _launch(
             if argument.alias_info is not None and argument.alias_info.is_write
         }
         same = {id(tensor.data_on_cpu): tensor for tensor in shadows}
-        owners = {t.data_on_cpu.untyped_storage().data_ptr(): t.allocation for t in shadows if t.numel()}
+        # Not by address: a storage without values has none.
+        owners = {t.data_on_cpu.untyped_storage()._cdata: t.allocation for t in shadows if t.numel()}
 
         def wrap(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or isinstance(value, ShadowTensor):
@@ -149,10 +155,10 @@ def _launch(
             if id(value) in same:
                 return same[id(value)]
             storage = value.untyped_storage()
-            owner = owners.get(storage.data_ptr()) if value.numel() else None
+            owner = owners.get(storage._cdata) if value.numel() else None
             if owner is None:
                 owner = Allocation(gpu, device, storage.nbytes(), gpu.line())
-                owners[storage.data_ptr()] = owner
+                owners[storage._cdata] = owner
             return ShadowTensor(value, owner)
 
         wrapped = tree_map(wrap, out)
@@ -179,7 +185,7 @@ def _launch(
                 tuple(tuple(tensor.shape) for tensor in seen),
                 tuple(tensor.dtype for tensor in seen),
                 flops_of(func, tree_map(_on_cpu, args), tree_map(_on_cpu, kwargs), out),
-                sum(tensor.numel() * tensor.element_size() for tensor in seen),
+                moved(func, shadows, fresh, written),
                 gpu.line(),
             )
         )
@@ -210,12 +216,17 @@ def _copy(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     gpu.delay()
     with gpu.lock:
+        source_data = _on_cpu(source)
         if target is None:
             rest = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
-            out = func(_on_cpu(source), **rest)
+            if device is not None:
+                rest["device"] = gpu.data_device
+            elif not gpu.values:
+                source_data = answer(source)
+            out = func(source_data, **rest)
         else:
             out = target if device is None else target.data_on_cpu
-        value = _on_cpu(source)
+        value = source_data if device is not None or gpu.values else answer(source)
         if device is None:
             stream = gpu.current(source.allocation.device)
             source.allocation.touched(stream, stream.tick(), written=False)
@@ -244,11 +255,31 @@ def _copy(gpu: Shadow, func: Any, args: Any, kwargs: Any) -> Any:
                 gpu.note_copy("peer", device, nbytes)
             shapes = (tuple(source.shape), tuple(target.shape))
             kinds = (source.dtype, target.dtype)
-            gpu.launches.append(Launch("copy_", device, shapes, kinds, 0, 2 * nbytes, gpu.line()))
+            stored = target.numel() * target.element_size()
+            gpu.launches.append(Launch("copy_", device, shapes, kinds, 0, nbytes + stored, gpu.line()))
         else:
             gpu.note_copy("in", device, nbytes)
             gpu.from_host(stream, value, non_blocking)
         return target
+
+
+def kernel_of(op: str, args: Sequence[Any]) -> str | None:
+    """Returns "triton" or "native", the kernel that an op of dirmerge has for its input on a GPU, or None."""
+    first = next(value for value in tree_flatten(args)[0] if isinstance(value, torch.Tensor))
+    found = table.implementations(op, "cuda")
+    for name in table.preference(op):
+        if name != "torch" and name in found:
+            dtypes = found[name].dtypes
+            if dtypes is None or first.dtype in dtypes:
+                return name
+    return None
+
+
+def answer(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what is read of a tensor without values: 1, True, and 0 of integers, which count faults."""
+    whole = not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
+    with _disable_current_modes():
+        return torch.full(tuple(tensor.shape), 0 if whole else 1, dtype=tensor.dtype)
 
 
 def _on_cpu(value: Any) -> Any:

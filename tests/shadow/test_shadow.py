@@ -179,6 +179,71 @@ def test_ops_run_their_torch_implementation(shadow_gpu):
     assert any(launch.flops for launch in gpu.launches)
 
 
+def test_bytes_are_those_read_and_written(shadow_gpu):
+    with shadow_gpu() as gpu:
+        x = torch.empty(6, 4, device="cuda")
+        x.zero_()
+        x.add_(torch.ones_like(x))
+        x.double()
+        torch.mm(x.mT, x, out=torch.empty(4, 4, device="cuda"))
+    found = [(launch.op, launch.nbytes) for launch in gpu.launches]
+    assert found == [
+        ("empty", 0),
+        ("zero_", 96),
+        ("ones_like", 96),
+        ("add_", 3 * 96),
+        ("copy_", 96 + 192),
+        ("empty", 0),
+        ("mm", 2 * 96 + 64),
+    ]
+
+
+def test_a_product_in_place_has_flops(shadow_gpu):
+    with shadow_gpu() as gpu:
+        a, b = torch.ones(6, 4, device="cuda"), torch.ones(4, 5, device="cuda")
+        torch.ones(6, 5, device="cuda").addmm_(a, b)
+    assert gpu.launches[-1].flops == 2 * 6 * 4 * 5
+
+
+class TestWithoutValues:
+    def test_nothing_is_computed_and_all_is_noted(self, shadow_gpu):
+        with shadow_gpu(memory=3 << 40, values=False) as gpu:
+            x = torch.zeros(1 << 20, 1 << 20, device="cuda", dtype=torch.bfloat16)  # 2 TB
+            del x
+        assert [launch.shapes for launch in gpu.launches] == [((1 << 20, 1 << 20),)]
+
+    def test_what_is_read(self, shadow_gpu):
+        with shadow_gpu(values=False) as gpu:
+            x = torch.zeros(3).to("cuda")
+            assert float(x.sum()) == 1.0
+            assert bool((x < 0).all())
+            assert int(x.count_nonzero()) == 0
+            assert torch.equal(x.cpu(), torch.ones(3))
+            assert torch.equal(x[:2].to("cpu", torch.float64), torch.ones(2, dtype=torch.float64))
+            buffer = torch.empty(3, pin_memory=True)
+            buffer.copy_(x, non_blocking=True)
+            assert not torch.equal(buffer, torch.ones(3)), "it has not arrived"
+            torch.cuda.synchronize()
+            assert torch.equal(buffer, torch.ones(3))
+        assert sum(gpu.syncs.values()) == 7
+
+    def test_views_share_memory(self, shadow_gpu):
+        with shadow_gpu(values=False) as gpu:
+            x = torch.ones(6, 4, device="cuda")
+            x[2:, 1].add_(1)
+            x.mT.reshape(-1)
+        assert gpu.peak_bytes == 2 * 96
+        assert [launch.op for launch in gpu.launches] == ["ones", "add_", "clone"]
+
+    def test_an_op_is_one_launch_where_it_has_a_kernel(self, shadow_gpu):
+        from dirmerge import ops
+
+        with shadow_gpu(values=False) as gpu:
+            assert ops.gram(torch.ones(8, 5, device="cuda")).shape == (5, 5)
+            assert ops.gram(torch.ones(8, 5, device="cuda", dtype=torch.float64)).shape == (5, 5)
+        assert [launch.op for launch in gpu.launches] == ["ones", "gram", "ones", "mm"]
+
+
 def test_nothing_stays_behind(shadow_gpu):
     with ExitStack() as stack:
         before = [torch.cuda.is_available, torch.cuda.stream, threading.Thread.run]
