@@ -21,6 +21,8 @@ CPU = torch.device("cpu")
 # Bytes that may be read ahead, and bytes of results that may wait to be written, where no budget is given.
 AHEAD = 128 << 20
 BEHIND = 64 << 20
+# Bytes of one matrix's weights that a method may look at twice without their being read twice.
+KEPT = 1 << 30
 # What a process holds beside its tensors on a device: the context, and the libraries' workspaces.
 DEVICE_RESERVE = 1 << 30
 
@@ -123,15 +125,19 @@ class Budget:
         ahead: bytes read ahead of the computation.
         behind: bytes of results that wait to be written.
         waiting: bytes of updates that may wait for λ in host memory; others wait on the disk.
+        kept: bytes of one matrix's weights that are kept for a method that looks at them twice.
         device_ahead: bytes copied to each device ahead of the computation.
         device_waiting: bytes of updates that may wait for λ on each device.
+        device_kept: what `kept` is on each device.
     """
 
     ahead: int
     behind: int
     waiting: int
+    kept: int
     device_ahead: int
     device_waiting: int
+    device_kept: int
 
     @classmethod
     def of_plan(cls, compute: Compute, plan: Plan) -> Budget:
@@ -156,8 +162,8 @@ class Budget:
         on_cpu = compute.on_cpu
         free = 0 if on_cpu else _free(compute.device)
         if compute.memory is None:
-            spare = max(0, free - DEVICE_RESERVE - largest - BEHIND)
-            return cls(AHEAD, BEHIND, 0, spare // 4, spare // 2)
+            quarter = max(0, free - DEVICE_RESERVE - largest - BEHIND) // 4
+            return cls(AHEAD, BEHIND, 0, KEPT, quarter, quarter, quarter)
         work = largest if on_cpu else 0
         least = used + work + 2 * smallest_ahead
         least_device = 0 if on_cpu else largest + 2 * smallest_ahead
@@ -172,9 +178,9 @@ class Budget:
         behind = max(smallest_ahead, min(spare // 4, 8 * BEHIND))
         # On a device also the rows in the making and the results on their way back take their share.
         behind = behind if on_cpu else min(behind, (compute.memory - largest) // 4)
-        device_spare = 0 if on_cpu else max(0, min(compute.memory, free) - largest - behind)
-        waiting = max(0, spare - ahead - behind)
-        return cls(ahead, behind, waiting, device_spare // 4, device_spare // 2)
+        quarter = 0 if on_cpu else max(0, min(compute.memory, free) - largest - behind) // 4
+        half = max(0, spare - ahead - behind) // 2
+        return cls(ahead, behind, half, half, quarter, quarter, quarter)
 
     def waiting_on(self, devices: Sequence[torch.device]) -> dict[torch.device, int]:
         """Returns the bytes of updates that may wait on each device and in the host's memory."""

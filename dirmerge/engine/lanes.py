@@ -23,7 +23,7 @@ from dirmerge.engine.waiting import update_bytes
 from dirmerge.engine.workers import Job, Workers
 from dirmerge.planning import TensorPlan
 from dirmerge.planning.inputs import Input
-from dirmerge.planning.plan import CHUNK_BYTES
+from dirmerge.planning.plan import CHUNK_BYTES, WHOLE_BYTES
 
 # Rows that a GPU makes at a time, in float32: enough to fill it, few enough to overlap copies.
 DEVICE_CHUNK_BYTES = 128 << 20
@@ -35,10 +35,12 @@ class Lane(Protocol):
     Attributes:
         device: on which matrices are merged and rows are made.
         chunk_bytes: of rows that are made at a time, in float32; None for the default.
+        whole_bytes: of tensors that are held whole where rows need that; None for the default.
     """
 
     device: torch.device
     chunk_bytes: int | None
+    whole_bytes: int | None
 
     def take(self, job: ReadJob) -> list[Tensor]:
         """Waits for the job and returns its tensors, on the device; they are the caller's from now on."""
@@ -131,6 +133,7 @@ class HostLane:
     def __init__(self, reader: DeltaReader, workers: Workers, jobs: ItemJobs, sink: Sink) -> None:
         self.device = CPU
         self.chunk_bytes: int | None = None
+        self.whole_bytes: int | None = None
         self._reader = reader
         self._workers = workers
         self._jobs = jobs
@@ -217,6 +220,8 @@ class DeviceLane:
         self.device = device
         # Of T + 2 tensors of rows at a time, some are on their way while others are made.
         self.chunk_bytes: int | None = max(CHUNK_BYTES, min(DEVICE_CHUNK_BYTES, ahead // 8))
+        # Reading twice would cost the bus more than holding costs memory.
+        self.whole_bytes: int | None = max(WHOLE_BYTES, ahead)
         self._reader = reader
         self._workers = workers
         self._jobs = jobs

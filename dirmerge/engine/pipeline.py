@@ -271,7 +271,7 @@ class _Merge:
         else:
             rule = row_rule(self.plan, self.reader, tensor, known)
         if rule is not None:
-            rule.chunk_bytes = lane.chunk_bytes
+            rule.chunk_bytes, rule.whole_bytes = lane.chunk_bytes, lane.whole_bytes
             return self.jobs.rows(tensor, lane, rule)
         base = self.plan.output == "model" and known is not None
         return self.jobs.matrices(tensor, lane, work, base=base)
@@ -311,7 +311,9 @@ class _Merge:
         """Merges the matrices of an item one by one; with each comes its base, where it is asked for."""
         tensor, lane = item.tensor, item.lane
         for work, jobs in zip(item.work, item.jobs, strict=True):
-            feed = self._open(lane, jobs)
+            method = self.plan.method
+            again = method.looks_twice or (work.align and not method.leaves_factors)
+            feed = self._open(lane, jobs, again=again)
             reader = DeltaReader(self.reader.inputs, feed.read)
             (found,) = merge_matrices([work], reader, lane.device)
             weights = None
@@ -350,13 +352,15 @@ class _Merge:
         updates = {matrix.index: lambda name=matrix.name: self._take(name, lane) for matrix in work}
         return UpdatedRows(self.reader, tensor, updates, scale)
 
-    def _open(self, lane: Lane, jobs: list[ReadJob]) -> Feed:
-        keep = sum(job.nbytes for job in jobs) <= self.budget.ahead
+    def _open(self, lane: Lane, jobs: list[ReadJob], *, again: bool) -> Feed:
+        """Returns the feed of a matrix; `again` is whether its deltas will be asked for twice."""
+        room = self.budget.kept if lane.device.type == "cpu" else self.budget.device_kept
+        keep = again and sum(job.nbytes for job in jobs) <= room
         return Feed(lane, jobs, self.reader.inputs.base, keep=keep)
 
     def _module_update(self, item: Item) -> LowRank:
         """Returns the update of an adapter's module that is taken from one adapter, or a mean."""
-        feed = self._open(item.lane, item.jobs[0])
+        feed = self._open(item.lane, item.jobs[0], again=False)
         reader = DeltaReader(self.reader.inputs, feed.read)
         device = item.lane.device
         sources = [source for source in item.tensor.sources if source.weight != 0]

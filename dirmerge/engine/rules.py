@@ -65,9 +65,12 @@ class RowRule:
 
     Attributes:
         chunk_bytes: about which size in float32 rows are made at a time; None for the default.
+        whole_bytes: up to which size the tensors are read at once by a rule that needs them whole; None for
+            the default.
     """
 
     chunk_bytes: int | None = None
+    whole_bytes: int | None = None
 
     def __init__(self, reader: DeltaReader, tensor: TensorPlan) -> None:
         self.reader = reader
@@ -232,9 +235,13 @@ class FormedRows(RowRule):
         self._scale = scale
         self._sources = [source for source in tensor.sources if source.weight != 0]
         self._select = None if form.threshold is None else form.threshold(tensor.options)
-        size = sum(read.nbytes for read in self.reads(None, None))
-        self._whole = self._select is not None and size <= WHOLE_BYTES
+        self._size = sum(read.nbytes for read in self.reads(None, None))
         self._thresholds: list[Tensor | None] = [None] * len(self._sources)
+
+    @property
+    def _whole(self) -> bool:
+        limit = WHOLE_BYTES if self.whole_bytes is None else self.whole_bytes
+        return self._select is not None and self._size <= limit
 
     def rows(self) -> list[Rows]:
         """Returns the ranges of rows; all at once where a small tensor is needed whole."""

@@ -37,6 +37,7 @@ def _check(options: Mapping[str, Any], adapters: bool) -> None:
     scale=FULL_ALIGNMENT,
     adapter_scale=ADAPTER_ALIGNMENT,
     check=_check,
+    leaves_factors=True,
 )
 def dc_merge(
     tasks: Tasks,

@@ -103,6 +103,7 @@ def _iso_cts_cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapp
     scale=FULL_ALIGNMENT,
     adapter_scale=ADAPTER_ALIGNMENT,
     estimate=_iso_cts_cost,
+    looks_twice=True,
 )
 def iso_cts(
     tasks: Tasks,

@@ -21,6 +21,7 @@ from dirmerge.ops import etf_project
     "shared subspace projected onto a simplex ETF (parameter space, data-free)",
     scale=FULL_ALIGNMENT,
     adapter_scale=ADAPTER_ALIGNMENT,
+    leaves_factors=True,
 )
 def mda(
     tasks: Tasks,

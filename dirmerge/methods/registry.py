@@ -95,6 +95,8 @@ class Method:
         check: raises ValueError for options that make no sense together.
         estimate: cost from shapes alone.
         rows: how it makes rows from the stored weights, for a method that can.
+        looks_twice: whether it loads deltas more than once.
+        leaves_factors: whether it leaves the tasks' factors, from which alignments follow without the deltas.
     """
 
     name: str
@@ -108,6 +110,8 @@ class Method:
     check: OptionCheck | None
     estimate: CostEstimate | None
     rows: RowForm | None = None
+    looks_twice: bool = False
+    leaves_factors: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -184,6 +188,8 @@ def register(
     check: OptionCheck | None = None,
     estimate: CostEstimate | None = None,
     rows: RowForm | None = None,
+    looks_twice: bool = False,
+    leaves_factors: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Makes a function a method under its own name; see `Method` for the arguments.
 
@@ -207,6 +213,8 @@ def register(
             check,
             estimate,
             rows,
+            looks_twice,
+            leaves_factors,
         )
         return function
 

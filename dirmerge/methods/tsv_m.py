@@ -13,6 +13,7 @@ from dirmerge.methods.tasks import MergedDelta, MergeRecord, Rank, Tasks, Tolera
     "whitened task singular vectors",
     scale=FULL_ALIGNMENT,
     adapter_scale=ADAPTER_ALIGNMENT,
+    leaves_factors=True,
 )
 def tsv_m(
     tasks: Tasks,

@@ -38,6 +38,7 @@ def _check(options: Mapping[str, Any], adapters: bool) -> None:
     scale=Scale(alignment=1.2, at_tasks=8, power=0.0, limit=1.2),
     adapter_scale=Scale(alignment=0.75, at_tasks=8, limit=1.2),
     check=_check,
+    leaves_factors=True,
 )
 def whitened(
     tasks: Tasks,

@@ -44,6 +44,7 @@ def _cost(shape: tuple[int, ...], ranks: list[int | None], options: Mapping[str,
     adapter_scale=Scale(alignment=0.44, at_tasks=8, power=1.0),
     check=_check,
     estimate=_cost,
+    looks_twice=True,
 )
 def wudi(
     tasks: Tasks,

@@ -300,3 +300,14 @@ def test_peak_is_within_the_memory_allowed(shadow_gpu, large, tmp_path, monkeypa
 def test_too_little_memory_is_refused_with_what_is_enough(folders):
     with pytest.raises(RecipeError, match=r"memory of 1000000 bytes is too small: .* needs at least (\d+)"):
         api.merge(recipe(folders, "tsv_m", "full"), memory="1MB")
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "wudi", "ties", "dc_merge"])
+def test_large_matrices_keep_the_promises(shadow_gpu, tmp_path, method):
+    """Without values, at full size: more than is read ahead, and still once over the bus and one wait."""
+    from benchmarks.launches import record
+
+    log = record(method, 4096, 4096, 8, adapters=False)
+    assert log.syncs <= 4
+    passes = 2 if METHODS[method].default_scale(False, 8).alignment is not None else 1
+    assert log.bytes_in == pytest.approx((8 + passes) * 4096 * 4096 * 2, rel=0.02)
