@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dirmerge.checkpoints.hashing import HASH
-from dirmerge.checkpoints.writer import MANIFEST
+from dirmerge.checkpoints.output import MANIFEST
 from dirmerge.engine.result import compute_text
 from dirmerge.planning import InputPlan, Plan
 

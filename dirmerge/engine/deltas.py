@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.checkpoints.adapters import ReadRows
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
 from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.reading import Read

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import PIECE, fresh_bytes
+from dirmerge.checkpoints.files import PIECE
+from dirmerge.checkpoints.safetensors_reader import fresh_bytes
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.reading import InputFiles, Read
 from dirmerge.engine.rules import Made, RowRule, Step

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
 from dirmerge.engine.deltas import DeltaReader

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.writer import OutputFolder, copy_side_files
+from dirmerge.checkpoints.output import OutputFolder
+from dirmerge.checkpoints.side_files import copy_side_files
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.card import write_documents
 from dirmerge.engine.compute import Budget, Compute

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter
-from dirmerge.checkpoints.writer import ShardedWriter
+from dirmerge.checkpoints.shards import ShardedWriter
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.planning import Plan, TensorPlan
 

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from dirmerge.checkpoints.safetensors_io import read_json_object
+from dirmerge.checkpoints.files import read_json_object
 from dirmerge.errors import RecipeError
 from dirmerge.planning import Plan
 from dirmerge.recipe import is_inline_template

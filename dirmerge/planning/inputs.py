@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Literal
 
 from dirmerge.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from dirmerge.checkpoints.reader import Checkpoint, open_checkpoint, resolve
-from dirmerge.checkpoints.safetensors_io import TensorInfo
+from dirmerge.checkpoints.hub import resolve
+from dirmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from dirmerge.checkpoints.safetensors_reader import TensorInfo
 from dirmerge.errors import MismatchError, RecipeError
 from dirmerge.planning.names import common_prefix
 from dirmerge.recipe import ModelRef, Recipe
