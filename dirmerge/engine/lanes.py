@@ -17,7 +17,7 @@ from dirmerge.engine.compute import CPU
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
 from dirmerge.engine.reading import Read
-from dirmerge.engine.rules import Made, RowRule, Step
+from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
 from dirmerge.engine.workers import Job, Workers
 from dirmerge.planning import TensorPlan

@@ -28,9 +28,11 @@ from dirmerge.engine.compute import Budget, Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
 from dirmerge.engine.lanes import DeviceLane, Feed, HostLane, Lane, on_device
+from dirmerge.engine.merged_rows import UpdatedRows
 from dirmerge.engine.reading import InputFiles
 from dirmerge.engine.result import MergeResult, Progress, ProgressCallback, TensorRecord
-from dirmerge.engine.rules import RowRule, UpdatedRows, check_inputs, row_rule
+from dirmerge.engine.rows import RowRule
+from dirmerge.engine.rules import check_inputs, row_rule
 from dirmerge.engine.sinks import MemorySink, Sink, open_sink
 from dirmerge.engine.tokenizer import finish_tokenizer
 from dirmerge.engine.waiting import WaitingUpdates

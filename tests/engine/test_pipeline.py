@@ -13,7 +13,7 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
-from dirmerge.engine import rules
+from dirmerge.engine import rows
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
@@ -186,7 +186,7 @@ def test_chunks_of_rows_change_nothing(models, monkeypatch):
     entries = {"tensors": [{"match": "lm_head.*", "rule": "take", "model": 1}]}
     whole = api.merge(recipe(models, method="iso_c", **entries))
     chunked_whole = api.merge(recipe(models, method="ties", **entries))
-    monkeypatch.setattr(rules, "CHUNK_BYTES", 4 * 16 * 5)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 4 * 16 * 5)
     for method, reference in (("iso_c", whole), ("ties", chunked_whole)):
         chunked = api.merge(recipe(models, method=method, **entries), models / method)
         found = read_folder(chunked.path)
@@ -273,10 +273,10 @@ def test_common_rows(fewest):
         **{n: BASE[n] for n in MATRIX_NAMES},
     }
     tuned = []
-    for rows, state in ((fewest, TUNED[0]), (8, TUNED[1])):
+    for height, state in ((fewest, TUNED[0]), (8, TUNED[1])):
         tuned.append(
             {
-                "embed_tokens.weight": torch.randn(rows, 3, generator=generator),
+                "embed_tokens.weight": torch.randn(height, 3, generator=generator),
                 **{n: state[n] for n in MATRIX_NAMES},
             }
         )
