@@ -21,8 +21,8 @@ from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
 from dirmerge.engine.workers import Job, Workers
 from dirmerge.planning import TensorPlan
+from dirmerge.planning.costs import CHUNK_BYTES
 from dirmerge.planning.inputs import Input
-from dirmerge.planning.plan import CHUNK_BYTES
 
 # Rows that a GPU makes at a time, in float32: enough to fill it, few enough to overlap copies.
 DEVICE_CHUNK_BYTES = 128 << 20
@@ -136,7 +136,7 @@ class HostLane:
         self._sink = sink
 
     def begin(self, items: Iterable[Item]) -> None:
-        """Nothing is to be got ready."""
+        """Does nothing: nothing is to be got ready."""
 
     def jobs(self, item: Item) -> Iterator[Job]:
         """Yields jobs that read, make and write rows, or that read matrices."""
@@ -176,7 +176,7 @@ class HostLane:
         self._workers.submit(Job(lambda: self._sink.update(tensor, update), _update_bytes(tensor)))
 
     def close(self) -> None:
-        """Nothing runs beside the workers."""
+        """Does nothing: nothing runs beside the workers."""
 
     def _put(self, rule: RowRule, step: Step, made: Made) -> None:
         assert step.rows is not None  # a step of rows

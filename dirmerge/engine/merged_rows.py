@@ -16,7 +16,7 @@ from dirmerge.engine.rows import Made, RowRule, Rows, Step, counted
 from dirmerge.errors import NonFiniteError
 from dirmerge.methods.registry import RowForm
 from dirmerge.planning import TensorPlan
-from dirmerge.planning.plan import WHOLE_BYTES
+from dirmerge.planning.costs import WHOLE_BYTES
 
 Update = Tensor | LowRank
 

@@ -57,7 +57,7 @@ def run(
     progress: ProgressCallback | None = None,
     compute: Compute | None = None,
 ) -> MergeResult:
-    """Run a plan: W = W_0 + λ D for every merged tensor, and the plan's rule for every other.
+    """Runs a plan: W = W_0 + λ D for every merged tensor, and the plan's rule for every other.
 
     Args:
         plan: from make_plan; its inputs are closed at the end.
@@ -406,7 +406,7 @@ def _jobs(items: deque[Item]) -> Iterator[Job]:
 
 
 def extend(record: TensorRecord, found: MergedMatrix) -> None:
-    """Add one matrix's record to its tensor's."""
+    """Adds one matrix's record to its tensor's."""
     own = found.merged.record
     low = found.merged.low_rank()
     if low is not None:
@@ -424,7 +424,7 @@ def _work(tensor: TensorPlan) -> float:
 
 
 def _copy_side_files(plan: Plan, folder: Path) -> None:
-    """Copy the base's configuration and the tokenizer that the recipe asks for."""
+    """Copies the base's configuration and the tokenizer that the recipe asks for."""
     base = plan.open().base
     if base is not None and base.folder is not None:
         copy_side_files(base.folder, folder, dtype=plan.dtype)

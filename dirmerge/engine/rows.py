@@ -18,7 +18,7 @@ from dirmerge.engine.deltas import DeltaReader, check_finite, difference, row_ra
 from dirmerge.engine.reading import Read
 from dirmerge.errors import MismatchError, NonFiniteError
 from dirmerge.planning import Source, TensorPlan
-from dirmerge.planning.plan import CHUNK_BYTES
+from dirmerge.planning.costs import CHUNK_BYTES
 
 Rows = tuple[int | None, int | None]
 
