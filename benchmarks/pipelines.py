@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import dirmerge
-from dirmerge.checkpoints.safetensors_io import SafetensorsFileWriter
+from dirmerge.checkpoints.safetensors_writer import SafetensorsFileWriter
 
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 N_TASKS, RANK = 8, 16

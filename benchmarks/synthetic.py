@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dirmerge.checkpoints.files import write_json
 from dirmerge.checkpoints.reader import Checkpoint, open_checkpoint
-from dirmerge.checkpoints.safetensors_io import SafetensorsFileWriter, write_json
-from dirmerge.checkpoints.writer import ShardedWriter
+from dirmerge.checkpoints.safetensors_writer import SafetensorsFileWriter
+from dirmerge.checkpoints.shards import ShardedWriter
 
 DTYPE = torch.bfloat16
 WEIGHT_STD = 0.02

@@ -28,7 +28,7 @@ RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
 def plan(recipe: RecipeSource, *, as_adapter: bool = False, rank: int | None = None) -> Plan:
-    """Plan a merge from the headers of its inputs: no weight is read and nothing is written.
+    """Plans a merge from the headers of its inputs: no weight is read and nothing is written.
 
     Args:
         recipe: a YAML file, YAML text of several lines, or the same as a dict, in which state dicts may stand
@@ -62,7 +62,7 @@ def merge(
     threads: int | None = None,
     memory: int | str | None = None,
 ) -> MergeResult:
-    """Merge fine-tuned models into one: W = W_0 + λ D for every weight, from files to files.
+    """Merges fine-tuned models into one: W = W_0 + λ D for every weight, from files to files.
 
     Memory is bounded by the largest tensors and does not grow with the model. On a GPU the same directions
     come out within the accuracy of the method.

@@ -264,9 +264,9 @@ def test_progress_in_a_log_is_a_line_every_ten_seconds(capsys):
 def test_sigterm_leaves_nothing(models):
     code = (
         "import os, signal, sys\n"
-        "from dirmerge.engine import rules\n"
+        "from dirmerge.engine import merged_rows\n"
         "def stop(*_):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "rules.UpdatedRows.make = stop\n"
+        "merged_rows.UpdatedRows.make = stop\n"
         "from dirmerge.cli import main\n"
         "main()\n"
     )

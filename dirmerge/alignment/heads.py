@@ -14,13 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import (
-    SafetensorsFileWriter,
-    read_header,
-    read_json_object,
-    read_tensor,
-    write_json,
-)
+from dirmerge.checkpoints.files import read_json_object, write_json
+from dirmerge.checkpoints.safetensors_reader import read_header, read_tensor
+from dirmerge.checkpoints.safetensors_writer import SafetensorsFileWriter
 from dirmerge.errors import CheckpointError, OutputError
 
 FOLDER = "heads"

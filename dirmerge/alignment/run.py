@@ -14,7 +14,7 @@ from dirmerge.alignment.heads import FOLDER, write_head
 from dirmerge.alignment.job import Job
 from dirmerge.alignment.result import AlignProgress, AlignResult, plain_fit
 from dirmerge.alignment.sources import import_transformers
-from dirmerge.checkpoints.writer import MANIFEST, OutputFolder
+from dirmerge.checkpoints.output import MANIFEST, OutputFolder
 from dirmerge.engine.card import CARD
 from dirmerge.engine.compute import Compute
 from dirmerge.engine.lanes import on_device

@@ -14,8 +14,8 @@ from dirmerge.alignment.features import Pooled, classifier, last_linear
 from dirmerge.alignment.heads import as_head, read_head
 from dirmerge.alignment.model import AlignmentTask, Model, batch_on, device_of
 from dirmerge.checkpoints.adapters import is_adapter, open_adapter
-from dirmerge.checkpoints.reader import resolve
-from dirmerge.checkpoints.safetensors_io import read_tensor
+from dirmerge.checkpoints.hub import resolve
+from dirmerge.checkpoints.safetensors_reader import read_tensor
 from dirmerge.engine.compute import CPU
 from dirmerge.errors import CheckpointError, MismatchError, RecipeError
 from dirmerge.recipe import Recipe

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dirmerge.checkpoints.adapter_config import PREFIX
 from dirmerge.checkpoints.adapters import Kind
+from dirmerge.checkpoints.files import write_json
 from dirmerge.checkpoints.reader import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from dirmerge.checkpoints.safetensors_io import Entry, SafetensorsFileWriter, write_json
+from dirmerge.checkpoints.safetensors_writer import Entry, SafetensorsFileWriter
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import NonFiniteError
 from dirmerge.linalg import all_finite

@@ -30,8 +30,9 @@ from dirmerge.checkpoints.adapter_config import (
     module_value,
     refused,
 )
+from dirmerge.checkpoints.files import read_json_object
 from dirmerge.checkpoints.reader import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, pickle_error
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_header, read_json_object, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_header, read_tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError
 from dirmerge.linalg import all_finite

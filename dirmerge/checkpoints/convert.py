@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import SafetensorsFileWriter
+from dirmerge.checkpoints.safetensors_writer import SafetensorsFileWriter
 from dirmerge.errors import CheckpointError, DirmergeError
 
 

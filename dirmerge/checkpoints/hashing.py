@@ -10,7 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from dirmerge.checkpoints.safetensors_io import PIECE, open_regular, read_pieces
+from dirmerge.checkpoints.files import PIECE, open_regular, read_pieces
 
 HASH = "blake3"
 """The name of the hash in manifests; `b3sum` computes the same."""

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import (
-    TensorInfo,
-    check_rows,
-    read_header,
-    read_json_object,
-    read_tensor,
-)
+from dirmerge.checkpoints.files import read_json_object
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, check_rows, read_header, read_tensor
 from dirmerge.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -32,20 +27,6 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 # files that trainers leave beside the weights
 _NOT_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler|trainer_state")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*)(@(?P<revision>[\w.\-/]+))?")
-# What a merge can use of a hub repository: weights, configuration, tokenizer, custom code.
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.py",
-    "tokenizer*",
-    "LICENSE*",
-    "NOTICE*",
-]
-_HUB_IGNORED = ["*/*", "consolidated*"]
 
 _QUANTISED_DTYPES = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 _PACKED_DTYPES = {torch.int8, torch.uint8}
@@ -175,52 +156,6 @@ def open_checkpoint(source: str | Path | Mapping[str, Tensor]) -> Checkpoint:
     if match and int(match["count"]) > 1:
         raise CheckpointError(f"{path}: is one of {int(match['count'])} shards; give the folder instead")
     return _from_files(path.parent, str(path), [path], None)
-
-
-def resolve(source: str) -> Path:
-    """Turns what a user calls a model into a path, downloading it from the Hugging Face hub if need be.
-
-    Args:
-        source: a local path, or a hub id "org/name", optionally with "@revision".
-
-    Returns:
-        A file or folder on this machine. From the hub only safetensors, configuration, tokenizer and code
-        files come, no pickles.
-
-    Raises:
-        CheckpointError: if there is neither such a path nor such a repository, or the hub cannot be reached.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    match = _HUB_ID.fullmatch(source)
-    if match is None:
-        raise CheckpointError(
-            f"{source}: no such file or folder (and not a hub id of the form org/name[@revision])"
-        )
-    # imported here: a merge of local files needs no hub client
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                match["id"],
-                revision=match["revision"],
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=_HUB_IGNORED,
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{source}: no such file or folder, and as a hub id it is not in the local cache while the hub "
-            f"cannot be reached (offline?): download it first with `hf download {match['id']}`, or give a "
-            "local path"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{source}: no such file or folder, and the hub answers: {_first_line(error)}"
-        ) from error
 
 
 def pickle_error(path: Path, files: list[Path]) -> CheckpointError:
@@ -422,7 +357,3 @@ def _gguf_error(path: Path) -> CheckpointError:
         f"{path}: GGUF files are (mostly) quantised; use the safetensors checkpoint they were made from, "
         "or convert: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(new_folder)"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

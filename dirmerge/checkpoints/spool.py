@@ -9,7 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import fill, tensor_bytes
+from dirmerge.checkpoints.files import fill
+from dirmerge.checkpoints.safetensors_writer import tensor_bytes
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.errors import OutputError
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapters import is_adapter
-from dirmerge.checkpoints.reader import resolve
+from dirmerge.checkpoints.hub import resolve
 from dirmerge.diagnostics.measuring import Inspector, Parameters, is_inspected
 from dirmerge.diagnostics.result import Inspection, alignment_terms, summarise
 from dirmerge.diagnostics.updates import ComputedUpdates, WrittenUpdates, open_finished, scale_text

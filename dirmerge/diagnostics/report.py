@@ -7,7 +7,7 @@ import json
 import secrets
 from pathlib import Path
 
-from dirmerge.checkpoints.safetensors_io import read_json_object
+from dirmerge.checkpoints.files import read_json_object
 from dirmerge.diagnostics.page import to_html
 from dirmerge.diagnostics.result import Inspection
 from dirmerge.errors import CheckpointError, OutputError

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dirmerge.checkpoints.adapters import open_adapter
+from dirmerge.checkpoints.files import read_json_object
 from dirmerge.checkpoints.hashing import ALGORITHMS, HASH, hash_file
+from dirmerge.checkpoints.output import MANIFEST
 from dirmerge.checkpoints.reader import open_checkpoint
-from dirmerge.checkpoints.safetensors_io import read_json_object
-from dirmerge.checkpoints.writer import MANIFEST
 from dirmerge.deltas.difference import Difference
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.errors import CheckpointError, DirmergeError, MismatchError, RecipeError

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dirmerge.checkpoints.hashing import HASH
-from dirmerge.checkpoints.writer import MANIFEST
+from dirmerge.checkpoints.output import MANIFEST
 from dirmerge.engine.result import compute_text
 from dirmerge.planning import InputPlan, Plan
 
@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
 
 def write_documents(folder: Path, plan: Plan, result: Mapping[str, Any]) -> None:
-    """Write the model card and the manifest.
+    """Writes the model card and the manifest.
 
     Args:
         folder: of the merged model.
@@ -34,7 +34,7 @@ def write_documents(folder: Path, plan: Plan, result: Mapping[str, Any]) -> None
 
 
 def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that is known of the merge: inputs with hashes, λ, a record per tensor, recipe."""
+    """Returns everything that is known of the merge: inputs with hashes, λ, a record per tensor, recipe."""
     from dirmerge import __version__
 
     return {
@@ -60,7 +60,7 @@ def manifest(plan: Plan, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card(plan: Plan, result: Mapping[str, Any]) -> str:
-    """Return the model card: front matter for the hub, method, λ, options, inputs with hashes, the recipe."""
+    """Returns the model card: front matter for the hub, method, λ, options, inputs with hashes, recipe."""
     from dirmerge import __version__
 
     front: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def card(plan: Plan, result: Mapping[str, Any]) -> str:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe as YAML."""
+    """Returns a recipe as YAML."""
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -115,7 +115,7 @@ def _input(item: InputPlan, plan: Plan, result: Mapping[str, Any]) -> dict[str, 
 
 
 def _options(plan: Plan) -> str:
-    """Return the method's options with their defaults; those that differ between tensors are called so."""
+    """Returns the method's options with their defaults; those that differ between tensors are called so."""
     merged = [tensor.options for tensor in plan.tensors if tensor.rule == "merge"]
     parts = []
     for name, default in plan.method.options.items():
@@ -132,7 +132,7 @@ def _weight(plan: Plan, item: InputPlan) -> str:
 
 
 def _hub_name(plan: Plan) -> str | None:
-    """Return the base's id on the hub: a path of this machine means nothing to others."""
+    """Returns the base's id on the hub: a path of this machine means nothing to others."""
     candidates: list[Any] = []
     if plan.base is not None:
         candidates.append(plan.base.label.split("@")[0])

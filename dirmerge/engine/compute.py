@@ -13,7 +13,7 @@ import torch
 
 from dirmerge.errors import RecipeError
 from dirmerge.planning import Plan, TensorPlan
-from dirmerge.planning.plan import CHUNK_BYTES
+from dirmerge.planning.costs import CHUNK_BYTES
 from dirmerge.recipe import parse_size
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dirmerge import ops
 from dirmerge.checkpoints.adapters import ReadRows
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
 from dirmerge.deltas.difference import Difference
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.reading import Read
@@ -56,7 +56,7 @@ class DeltaReader:
         return Read(task, _info(task, name, saved), start, stop)
 
     def has_value(self, source: Source) -> bool:
-        """Whether a fine-tune has a full tensor of its own, and not only an update of the base's."""
+        """Returns whether a fine-tune has a full tensor of its own, and not only an update of the base's."""
         return source.saved is not None or source.tensor is not None
 
     def matrix_reads(self, tensor: TensorPlan, index: int | None, *, base: bool) -> list[Read]:
@@ -281,7 +281,7 @@ def _info(item: Input, name: str, saved: bool) -> TensorInfo:
 
 
 def _largest(value: Tensor) -> Tensor:
-    """The largest magnitude, NaN where there is one, in one pass; 0-d, float64."""
+    """Returns the largest magnitude, NaN where there is one, in one pass; 0-d, float64."""
     if value.numel() == 0:
         return value.new_zeros((), dtype=torch.float64)
     low, high = torch.aminmax(value)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import PIECE, fresh_bytes
+from dirmerge.checkpoints.files import PIECE
+from dirmerge.checkpoints.safetensors_reader import fresh_bytes
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.reading import InputFiles, Read
-from dirmerge.engine.rules import Made, RowRule, Step
+from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.work import MatrixWork
 from dirmerge.engine.workers import Group, Job, Workers
 from dirmerge.planning import TensorPlan

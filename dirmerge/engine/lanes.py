@@ -11,19 +11,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_io import TensorInfo, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
 from dirmerge.engine.reading import Read
-from dirmerge.engine.rules import Made, RowRule, Step
+from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
 from dirmerge.engine.waiting import update_bytes
 from dirmerge.engine.workers import Job, Workers
 from dirmerge.planning import TensorPlan
+from dirmerge.planning.costs import CHUNK_BYTES, WHOLE_BYTES
 from dirmerge.planning.inputs import Input
-from dirmerge.planning.plan import CHUNK_BYTES, WHOLE_BYTES
 
 # Rows that a GPU makes at a time, in float32: enough to fill it, few enough to overlap copies.
 DEVICE_CHUNK_BYTES = 128 << 20
@@ -140,7 +140,7 @@ class HostLane:
         self._sink = sink
 
     def begin(self, items: Iterable[Item]) -> None:
-        """Nothing is to be got ready."""
+        """Does nothing: nothing is to be got ready."""
 
     def jobs(self, item: Item) -> Iterator[Job]:
         """Yields jobs that read, make and write rows, or that read matrices."""
@@ -184,7 +184,7 @@ class HostLane:
         self._workers.submit(Job(write, update_bytes(update)))
 
     def close(self) -> None:
-        """Nothing runs beside the workers."""
+        """Does nothing: nothing runs beside the workers."""
 
     def _put(self, rule: RowRule, step: Step, made: Made) -> None:
         assert step.rows is not None  # a step of rows

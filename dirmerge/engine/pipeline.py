@@ -20,16 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.writer import OutputFolder, copy_side_files
+from dirmerge.checkpoints.output import OutputFolder
+from dirmerge.checkpoints.side_files import copy_side_files
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.card import write_documents
 from dirmerge.engine.compute import Budget, Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
 from dirmerge.engine.lanes import DeviceLane, Feed, HostLane, Lane, on_device
+from dirmerge.engine.merged_rows import UpdatedRows
 from dirmerge.engine.reading import InputFiles
 from dirmerge.engine.result import MergeResult, Progress, ProgressCallback, TensorRecord
-from dirmerge.engine.rules import RowRule, UpdatedRows, check_inputs, row_rule
+from dirmerge.engine.rows import RowRule
+from dirmerge.engine.rules import check_inputs, row_rule
 from dirmerge.engine.sinks import MemorySink, Sink, open_sink
 from dirmerge.engine.tokenizer import finish_tokenizer
 from dirmerge.engine.waiting import WaitingUpdates
@@ -54,7 +57,7 @@ def run(
     progress: ProgressCallback | None = None,
     compute: Compute | None = None,
 ) -> MergeResult:
-    """Run a plan: W = W_0 + λ D for every merged tensor, and the plan's rule for every other.
+    """Runs a plan: W = W_0 + λ D for every merged tensor, and the plan's rule for every other.
 
     Args:
         plan: from make_plan; its inputs are closed at the end.
@@ -407,7 +410,7 @@ def _jobs(items: deque[Item]) -> Iterator[Job]:
 
 
 def extend(record: TensorRecord, found: MergedMatrix) -> None:
-    """Add one matrix's record to its tensor's."""
+    """Adds one matrix's record to its tensor's."""
     own = found.merged.record
     low = found.merged.low_rank()
     if low is not None:
@@ -426,7 +429,7 @@ def _work(tensor: TensorPlan) -> float:
 
 
 def _copy_side_files(plan: Plan, folder: Path) -> None:
-    """Copy the base's configuration and the tokenizer that the recipe asks for."""
+    """Copies the base's configuration and the tokenizer that the recipe asks for."""
     base = plan.open().base
     if base is not None and base.folder is not None:
         copy_side_files(base.folder, folder, dtype=plan.dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dirmerge.checkpoints.hashing import PassingHash
-from dirmerge.checkpoints.safetensors_io import TensorInfo, locate, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo, locate, read_tensor
 from dirmerge.planning import Plan
 from dirmerge.planning.inputs import Input
 

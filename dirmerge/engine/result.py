@@ -69,7 +69,7 @@ class TensorRecord:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON), without what is empty."""
+        """Returns it as plain data (JSON), without what is empty."""
         return {key: value for key, value in asdict(self).items() if value not in (None, [])}
 
 
@@ -113,7 +113,7 @@ class MergeResult:
         return {record.name: record.fallbacks for record in self.records if record.fallbacks}
 
     def frequent_notes(self, most: int = 5) -> list[str]:
-        """Return what was noted of the most tensors, with their number."""
+        """Returns what was noted of the most tensors, with their number."""
         counts = Counter(note for record in self.records for note in record.notes)
         return [f"{note} ({count} tensors)" for note, count in counts.most_common(most)]
 
@@ -123,7 +123,7 @@ class MergeResult:
         return dict(Counter(record.rule for record in self.records))
 
     def scale_text(self) -> str:
-        """Return λ and its origin in one phrase."""
+        """Returns λ and its origin in one phrase."""
         if self.scale is not None:
             text = f"λ = {self.scale:.4g}"
         else:
@@ -136,13 +136,13 @@ class MergeResult:
         return f"{text} ({self.scale_origin})"
 
     def lowest_energy(self) -> tuple[str, float] | None:
-        """Return the tensor and value of the smallest energy kept, None when nothing was truncated."""
+        """Returns the tensor and value of the smallest energy kept, None when nothing was truncated."""
         kept = [(record.name, min(record.energy)) for record in self.records if record.energy]
         kept = [(name, energy) for name, energy in kept if math.isfinite(energy)]
         return min(kept, key=lambda item: item[1]) if kept else None
 
     def summary(self) -> str:
-        """Return the summary as lines of text."""
+        """Returns the summary as lines of text."""
         rules = ", ".join(f"{count} {rule}" for rule, count in sorted(self.rules.items()))
         lines = [
             f"method     {self.method}",
@@ -159,7 +159,7 @@ class MergeResult:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the tensors as plain data (JSON)."""
+        """Returns everything but the tensors as plain data (JSON)."""
         return {
             "method": self.method,
             "path": None if self.path is None else str(self.path),
@@ -180,7 +180,7 @@ class MergeResult:
 
 
 def compute_text(compute: Mapping[str, Any]) -> str:
-    """Return one phrase for Compute.to_dict(): devices, why these, threads, memory."""
+    """Returns one phrase for Compute.to_dict(): devices, why these, threads, memory."""
     text = f"{', '.join(compute['devices'])} ({compute['reason']}), {compute['threads']} threads"
     if compute["memory"] is not None:
         text += f", at most {compute['memory'] / 1e9:.2f} GB"

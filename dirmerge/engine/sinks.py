@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter
-from dirmerge.checkpoints.writer import ShardedWriter
+from dirmerge.checkpoints.shards import ShardedWriter
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.planning import Plan, TensorPlan
 
@@ -29,10 +29,10 @@ class Sink(Protocol):
     ) -> None: ...
 
     def write(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        """Take a tensor, or its rows from `start` on."""
+        """Takes a tensor, or its rows from `start` on."""
 
     def update(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Take the update of an adapter's module."""
+        """Takes the update of an adapter's module."""
 
 
 class MemorySink:
@@ -45,7 +45,7 @@ class MemorySink:
         self._order = [tensor.name for tensor in plan.tensors]
 
     def write(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        """Take a tensor, or its rows from `start` on; they are copied."""
+        """Takes a tensor, or its rows from `start` on; they are copied."""
         with self._lock:
             if tensor.name not in self.state_dict:
                 self.state_dict[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -55,11 +55,11 @@ class MemorySink:
         )
 
     def update(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Refuse the update of a module."""
+        """Refuses the update of a module."""
         raise TypeError("an adapter cannot be written to a state dict")
 
     def tie(self, name: str, other: str) -> None:
-        """Give a tensor another name."""
+        """Gives a tensor another name."""
         self._ties[name] = other
 
     def __enter__(self) -> MemorySink:
@@ -92,11 +92,11 @@ class ModelSink:
         self._writer.__exit__(kind, error, trace)
 
     def write(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        """Take a tensor, or its rows from `start` on."""
+        """Takes a tensor, or its rows from `start` on."""
         self._writer.write(tensor.name, value, start)
 
     def update(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Refuse the update of a module."""
+        """Refuses the update of a module."""
         raise TypeError("a model takes tensors, not updates")
 
 
@@ -134,11 +134,11 @@ class AdapterSink:
         self._writer.__exit__(kind, error, trace)
 
     def write(self, tensor: TensorPlan, value: Tensor, start: int | None) -> None:
-        """Take a tensor, or its rows from `start` on."""
+        """Takes a tensor, or its rows from `start` on."""
         self._writer.write_full(tensor.name, value, start)
 
     def update(self, tensor: TensorPlan, update: LowRank) -> None:
-        """Take the update of a module."""
+        """Takes the update of a module."""
         assert tensor.module is not None
         self._writer.write(tensor.module, update)
 

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from dirmerge.checkpoints.safetensors_io import read_json_object
+from dirmerge.checkpoints.files import read_json_object
 from dirmerge.errors import RecipeError
 from dirmerge.planning import Plan
 from dirmerge.recipe import is_inline_template
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
 
 
 def finish_tokenizer(plan: Plan, folder: Path) -> None:
-    """Put the tokenizer and the chat template of the recipe into an output folder that has the base's.
+    """Puts the tokenizer and the chat template of the recipe into an output folder that has the base's.
 
     Raises:
         RecipeError: the model named has no tokenizer, or no model has a chat template.
@@ -69,7 +69,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _most_common_template(plan: Plan) -> str:
-    """Return the template that most models have; of those that tie the first, fine-tunes before the base."""
+    """Returns the template that most models have; of those that tie the first, fine-tunes before the base."""
     inputs = plan.open()
     items = [*inputs.tasks, *([inputs.base] if inputs.base is not None else [])]
     templates = [text for item in items if (text := _template(item.folder)) is not None]

@@ -9,17 +9,19 @@ from __future__ import annotations
 from dirmerge import __version__
 from dirmerge.errors import RecipeError
 from dirmerge.planning.adapter_output import AdapterPlanner
+from dirmerge.planning.input_plan import InputPlan
 from dirmerge.planning.inputs import find_inputs
 from dirmerge.planning.model_output import ModelPlanner
-from dirmerge.planning.plan import InputPlan, Plan, Rule, ScalePlan, Source, TensorPlan
+from dirmerge.planning.plan import Plan, ScalePlan
 from dirmerge.planning.problems import Problems
+from dirmerge.planning.tensor_plan import Rule, Source, TensorPlan
 from dirmerge.recipe import Recipe
 
 __all__ = ["InputPlan", "Plan", "Rule", "ScalePlan", "Source", "TensorPlan", "make_plan"]
 
 
 def make_plan(recipe: Recipe, as_adapter: bool = False, rank: int | None = None) -> Plan:
-    """Plan the merge from the headers of all inputs.
+    """Plans the merge from the headers of all inputs.
 
     Args:
         recipe: the recipe.

@@ -8,9 +8,9 @@ import torch
 
 from dirmerge.planning.inputs import Inputs
 from dirmerge.planning.matching import Shape
-from dirmerge.planning.plan import Rule, TensorPlan
 from dirmerge.planning.problems import Problems
 from dirmerge.planning.rules import OutputPlanner
+from dirmerge.planning.tensor_plan import Rule, TensorPlan
 from dirmerge.recipe import Recipe
 
 
@@ -31,23 +31,23 @@ class AdapterPlanner(OutputPlanner):
         self.rank = rank
 
     def shape_of(self, name: str) -> tuple[Shape, torch.dtype]:
-        """Return the adapters' shape and widest dtype."""
+        """Returns the adapters' shape and widest dtype."""
         return self.match.first_shape(name, self.match.factor_dtype)
 
     def draft(self, name: str, planned: TensorPlan) -> TensorPlan:
-        """Note the module that the tensor belongs to."""
+        """Notes the module that the tensor belongs to."""
         return replace(planned, in_base=False, module=self.match.module(name))
 
     def base_rule(self, planned: TensorPlan) -> TensorPlan | None:
-        """Leave the tensor out: the base has it already."""
+        """Leaves the tensor out: the base has it already."""
         return replace(planned, rule="drop", notes=("the base's own weight stays",))
 
     def default_rule(self, planned: TensorPlan) -> tuple[Rule, str] | None:
-        """Average full tensors."""
+        """Returns the mean for full tensors."""
         return ("mean", "mean of values: saved beside the adapters") if planned.module is None else None
 
     def fits(self, draft: TensorPlan) -> bool:
-        """Whether PEFT can store the tensor: as low-rank updates of all adapters, or in full beside them."""
+        """Returns whether PEFT can store the tensor: as updates of all adapters, or in full beside them."""
         full = [self.tasks[s.task].label for s in draft.sources if s.saved is not None]
         if draft.module is not None and full:
             self.problems.add(
@@ -62,7 +62,7 @@ class AdapterPlanner(OutputPlanner):
         return True
 
     def finish(self, planned: TensorPlan) -> TensorPlan | None:
-        """Set the rank of a module of an adapter."""
+        """Sets the rank of a module of an adapter."""
         if planned.module is None:
             return planned
         total = planned.rank

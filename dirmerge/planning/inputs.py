@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Literal
 
 from dirmerge.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from dirmerge.checkpoints.reader import Checkpoint, open_checkpoint, resolve
-from dirmerge.checkpoints.safetensors_io import TensorInfo
+from dirmerge.checkpoints.hub import resolve
+from dirmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from dirmerge.checkpoints.safetensors_reader import TensorInfo
 from dirmerge.errors import MismatchError, RecipeError
 from dirmerge.planning.names import common_prefix
 from dirmerge.recipe import ModelRef, Recipe
@@ -82,7 +83,7 @@ class Input:
         return path if path is None or path.is_dir() else path.parent
 
     def infos(self) -> list[TensorInfo]:
-        """Return the headers of all its tensors, file by file."""
+        """Returns the headers of all its tensors, file by file."""
         infos = list(self.checkpoint.tensors.values()) if self.checkpoint is not None else []
         if self.adapter is not None:
             infos += [info for target in self.adapter.targets.values() for info in (target.a, target.b)]
@@ -124,13 +125,13 @@ class Inputs:
         self.close()
 
     def close(self) -> None:
-        """Close all inputs."""
+        """Closes all inputs."""
         for item in self.all:
             if item.checkpoint is not None:
                 item.checkpoint.close()
 
     def match_names(self) -> None:
-        """Find, for every input, the base's names of its tensors.
+        """Finds, for every input, the base's names of its tensors.
 
         Raises:
             MismatchError: an adapter's factors that fit the base in neither orientation; lists all.
@@ -193,7 +194,7 @@ class Inputs:
 
 
 def find_inputs(recipe: Recipe, *, as_adapter: bool) -> tuple[Inputs, list[str]]:
-    """Open the inputs of a recipe, without reading a weight, and match their names.
+    """Opens the inputs of a recipe, without reading a weight, and matches their names.
 
     Args:
         recipe: the recipe.
@@ -242,7 +243,7 @@ def find_inputs(recipe: Recipe, *, as_adapter: bool) -> tuple[Inputs, list[str]]
 
 
 def reopen_inputs(base: Place | None, tasks: Sequence[Place]) -> Inputs:
-    """Open inputs again, by their places.
+    """Opens inputs again, by their places.
 
     Raises:
         CheckpointError: an input that cannot be read any more.
@@ -301,7 +302,7 @@ def _open(place: Place, reference: ModelRef | None) -> Input:
 
 
 def _tied_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return, for every tied name but the one that is written, that one: the shared table if there is one."""
+    """Returns the name that is written for every other tied name: the shared table if there is one."""
     tied = {}
     for names in checkpoint.tied:
         kept = next((name for name in names if name.split(".")[-2:] == ["shared", "weight"]), names[0])

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 
 from dirmerge.planning.inputs import Inputs
-from dirmerge.planning.plan import Source
 from dirmerge.planning.problems import Problems
+from dirmerge.planning.tensor_plan import Source
 
 Shape = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class Matching:
         self.adapters_only = all(task.adapter_only for task in inputs.tasks)
 
     def names(self, *, with_base: bool) -> list[str]:
-        """Return the names of all tensors, the base's first, in a fixed order."""
+        """Returns the names of all tensors, the base's first, in a fixed order."""
         names: dict[str, None] = {}
         for item in ([self.base] if with_base else []) + self.tasks:
             if item is not None:
@@ -39,11 +39,11 @@ class Matching:
         return list(names)
 
     def labels(self, numbers: Sequence[int]) -> str:
-        """Return the fine-tunes' labels, joined."""
+        """Returns the fine-tunes' labels, joined."""
         return ", ".join(self.tasks[t].label for t in numbers)
 
     def source(self, name: str, t: int, weight: float) -> tuple[Source | None, Shape]:
-        """Return what fine-tune t has for a tensor, and in which shape; (None, ()) if it has nothing."""
+        """Returns what fine-tune t has for a tensor, and in which shape; (None, ()) if it has nothing."""
         task = self.tasks[t]
         saved, module, tensor = task.saved.get(name), task.modules.get(name), task.tensors.get(name)
         if saved is not None and task.adapter is not None:
@@ -65,7 +65,7 @@ class Matching:
         return None, ()
 
     def first_shape(self, name: str, low_rank_dtype: torch.dtype) -> tuple[Shape, torch.dtype]:
-        """Return the shape of the first fine-tune that has a tensor, and the widest dtype of all of them.
+        """Returns the shape of the first fine-tune that has a tensor, and the widest dtype of all of them.
 
         Args:
             name: of a tensor that the base lacks.
@@ -81,7 +81,7 @@ class Matching:
         return shape or (), _widest(dtypes)
 
     def module(self, name: str) -> str | None:
-        """Return the adapted module of a tensor, as the first adapter that has it calls it."""
+        """Returns the adapted module of a tensor, as the first adapter that has it calls it."""
         return next((task.modules[name] for task in self.tasks if name in task.modules), None)
 
     @cached_property
@@ -91,14 +91,14 @@ class Matching:
         return _widest([info.dtype for target in targets for info in (target.a, target.b)])
 
     def is_unchanged_by_adapters(self, name: str, absent: Sequence[int]) -> bool:
-        """Whether the tensor is one that full models change and no adapter does, beside adapters."""
+        """Returns whether the tensor is one that full models change and no adapter does, beside adapters."""
         if self.adapters_only or not all(self.tasks[t].adapter_only for t in absent):
             return False
         touched = any(name in task.modules or name in task.saved for task in self.tasks if task.adapter_only)
         return not touched and name in self.base_tensors
 
     def tied_to(self, name: str) -> str | None:
-        """Return the base's tensor that `name` is another name of."""
+        """Returns the base's tensor that `name` is another name of."""
         if self.base is None:
             return None
         if name in self.base_tensors:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from dirmerge.planning.matching import Shape
-from dirmerge.planning.plan import Rule, Source, TensorPlan
 from dirmerge.planning.rules import OutputPlanner
+from dirmerge.planning.tensor_plan import Rule, Source, TensorPlan
 
 
 class ModelPlanner(OutputPlanner):
@@ -17,33 +17,33 @@ class ModelPlanner(OutputPlanner):
     output = "model"
 
     def shape_of(self, name: str) -> tuple[Shape, torch.dtype]:
-        """Return the base's shape and dtype; of a tensor that it lacks, the fine-tunes'."""
+        """Returns the base's shape and dtype; of a tensor that it lacks, the fine-tunes'."""
         info = self.match.base_tensors.get(name)
         if info is None:
             return self.match.first_shape(name, torch.float32)
         return tuple(info.shape), info.dtype
 
     def draft(self, name: str, planned: TensorPlan) -> TensorPlan:
-        """Note whether the base has the tensor."""
+        """Notes whether the base has the tensor."""
         return replace(planned, in_base=name in self.match.base_tensors)
 
     def is_extra(self, planned: TensorPlan) -> bool:
-        """Whether the base lacks the tensor."""
+        """Returns whether the base lacks the tensor."""
         return not planned.in_base
 
     def base_rule(self, planned: TensorPlan) -> TensorPlan | None:
-        """Copy the base's tensor."""
+        """Copies the base's tensor."""
         if planned.in_base:
             return replace(planned, rule="base")
         self.problems.add(planned.name, "the base has no such tensor to copy", "drop", "take")
         return None
 
     def default_rule(self, planned: TensorPlan) -> tuple[Rule, str] | None:
-        """Average what the base lacks."""
+        """Returns the mean for what the base lacks."""
         return None if planned.in_base else ("mean", "mean of values: not in the base")
 
     def tied(self, planned: TensorPlan) -> TensorPlan | None:
-        """Return the plan of a tensor that the base ties to another."""
+        """Returns the plan of a tensor that the base ties to another."""
         name, tasks = planned.name, self.tasks
         tied_to = self.match.tied_to(name)
         if tied_to is None:

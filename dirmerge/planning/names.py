@@ -13,7 +13,7 @@ _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
 
 
 def is_table(name: str, shape: Sequence[int], config: Mapping[str, Any] | None) -> str | None:
-    """Return why a weight is a table of vectors (embedding, lm_head, relative-bias table …), or None."""
+    """Returns why a weight is a table of vectors (embedding, lm_head, relative-bias table …), or None."""
     parts = name.split(".")
     leaf = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     if _TABLE.search(leaf):
@@ -25,7 +25,7 @@ def is_table(name: str, shape: Sequence[int], config: Mapping[str, Any] | None) 
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
-    """Return every tensor's relative depth in [0, 1], from the first number in its name; gradients follow it.
+    """Returns every tensor's relative depth in [0, 1], from the first number in its name; gradients use it.
 
     Layers of one stack share the prefix before the number. Tensors outside a stack have depth 0 when they are
     embeddings and 1 otherwise, as they come before and after the layers.
@@ -49,7 +49,7 @@ def layer_depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def common_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, str] | None:
-    """Return the one (strip, add) such that add + (name without strip) is known for every name, or None."""
+    """Returns the one (strip, add) such that add + (name without strip) is known for every name, or None."""
     if not names or all(name in known for name in names):
         return "", ""
     first = min(names)
@@ -67,17 +67,17 @@ def common_prefix(names: Collection[str], known: Collection[str]) -> tuple[str, 
 
 
 def is_expert_stack(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a stack of fused expert weights, (experts, m, n)."""
+    """Returns whether a tensor is a stack of fused expert weights, (experts, m, n)."""
     return len(shape) == 3 and min(shape[1:]) > 1 and _EXPERTS.search(name) is not None
 
 
 def layer_pattern(name: str) -> str:
-    """Return the name with `*` for every number: a glob that fits the same tensor of all layers."""
+    """Returns the name with `*` for every number: a glob that fits the same tensor of all layers."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _vocabulary_sizes(config: Mapping[str, Any] | None) -> set[int]:
-    """Return the vocabulary sizes of a config that cannot be mistaken for another of its dimensions."""
+    """Returns the vocabulary sizes of a config that cannot be mistaken for another of its dimensions."""
     sizes: set[int] = set()
     others: set[int] = set()
     pending: list[Mapping[str, Any]] = [config] if config else []

@@ -1,13 +1,12 @@
-"""The plan of a merge as plain data: every output tensor with its inputs, rule and cost."""
+"""The plan of a merge as plain data: every input, every output tensor, and how λ is found."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,162 +14,10 @@ import torch
 
 from dirmerge.errors import MismatchError
 from dirmerge.methods import Method, get_method
-from dirmerge.planning.inputs import Input, Inputs, Place, reopen_inputs
+from dirmerge.planning.input_plan import InputPlan
+from dirmerge.planning.inputs import Inputs, reopen_inputs
+from dirmerge.planning.tensor_plan import TensorPlan, dtype_name, dtype_of
 from dirmerge.recipe import Setting, parse_setting
-
-CHUNK_BYTES = 8 << 20
-"""Rows are read, made and written in chunks of about this size in float32: a few fit a CPU's cache."""
-
-WHOLE_BYTES = 128 << 20
-"""A method that needs whole tensors before it can make a row reads all of them at once up to this size, and
-beyond it one fine-tune at a time, and all once more by rows."""
-
-Rule = Literal["merge", "mean", "base", "take", "common_rows", "identical", "tied", "drop"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What one fine-tune has for a tensor; with none of its three names it leaves the base's unchanged.
-
-    Attributes:
-        task: number of the fine-tune, from 0.
-        weight: its weight for this tensor.
-        tensor: name in the fine-tune's own weight files.
-        saved: name of a full tensor in the adapter file (modules_to_save, trained biases).
-        module: adapted module whose low-rank update is added.
-        rank: rank of the update when it is low-rank alone, None for a dense one.
-        dtype: stored dtype of the dense part.
-    """
-
-    task: int
-    weight: float
-    tensor: str | None = None
-    saved: str | None = None
-    module: str | None = None
-    rank: int | None = None
-    dtype: torch.dtype | None = None
-
-    @property
-    def kind(self) -> str:
-        """How it changes the tensor: dense, low-rank, or unchanged."""
-        if self.tensor is None and self.saved is None and self.module is None:
-            return "unchanged"
-        return "dense" if self.rank is None else "low-rank"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
-        plain: dict[str, Any] = {"task": self.task, "kind": self.kind, "weight": self.weight}
-        for key in ("tensor", "saved", "module", "rank"):
-            if getattr(self, key) is not None:
-                plain[key] = getattr(self, key)
-        if self.dtype is not None:
-            plain["dtype"] = dtype_name(self.dtype)
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Source:
-        """Return the source that `to_dict` gave as plain data."""
-        values = {key: value for key, value in plain.items() if key not in ("kind", "dtype")}
-        return cls(**values, dtype=_dtype(plain["dtype"]) if "dtype" in plain else None)
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output.
-
-    Attributes:
-        name: in the output.
-        shape: in the output.
-        dtype: in the output.
-        rule: merge (by the method), mean (weighted mean of the deltas), base (copied), take (copied from one
-            fine-tune), common_rows (mean over the rows that all have), identical (integers: all must agree),
-            tied (written once, under another name), drop (left out because the recipe says so).
-        why: where the rule comes from.
-        sources: the fine-tunes that take part.
-        in_base: whether the base has the tensor; without it the mean is one of values.
-        options: of the method, as given for this tensor.
-        scale: λ given for this tensor; None when it follows from the alignment or when no λ applies.
-        aligned: whether it takes part in a(D), the alignment of the whole model.
-        rank: of the merged update, None for a dense one.
-        seed: of whatever is random.
-        slices: number of matrices of a stack that is merged matrix by matrix, None otherwise.
-        rows: rows that all models have, for common_rows.
-        tied_to: the name under which a tied tensor is written.
-        module: the adapter module it belongs to, for an adapter as output.
-        flops: estimate.
-        peak_bytes: estimate of the memory this tensor alone needs.
-        notes: facts worth knowing.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    rule: Rule
-    why: str
-    sources: tuple[Source, ...] = ()
-    in_base: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-    scale: float | None = None
-    aligned: bool = False
-    rank: int | None = None
-    seed: int = 0
-    slices: int | None = None
-    rows: int | None = None
-    tied_to: str | None = None
-    module: str | None = None
-    flops: float = 0.0
-    peak_bytes: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def written(self) -> bool:
-        """Whether the output holds it under its own name."""
-        return self.rule not in ("tied", "drop")
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in the output."""
-        return self.numel * self.dtype.itemsize
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
-        plain = {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.dtype),
-            "rule": self.rule,
-            "why": self.why,
-            "sources": [source.to_dict() for source in self.sources],
-            "in_base": self.in_base,
-            "options": dict(self.options),
-            "aligned": self.aligned,
-            "rank": self.rank,
-            "seed": self.seed,
-            "flops": self.flops,
-            "peak_bytes": self.peak_bytes,
-        }
-        for key in ("scale", "slices", "rows", "tied_to", "module"):
-            if getattr(self, key) is not None:
-                plain[key] = getattr(self, key)
-        if self.notes:
-            plain["notes"] = list(self.notes)
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> TensorPlan:
-        """Return the tensor that `to_dict` gave as plain data."""
-        changed = {
-            "shape": tuple(plain["shape"]),
-            "dtype": _dtype(plain["dtype"]),
-            "sources": tuple(Source.from_dict(source) for source in plain["sources"]),
-            "notes": tuple(plain.get("notes", ())),
-        }
-        return cls(**{**plain, **changed})
 
 
 @dataclass(frozen=True)
@@ -183,89 +30,22 @@ class ScalePlan:
     origin: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
+        """Returns it as plain data (JSON)."""
         value = None if self.value is None else self.value.to_plain()
         return {"scale": value, "alignment": self.alignment, "per": self.per, "origin": self.origin}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ScalePlan:
-        """Return the scale that `to_dict` gave as plain data."""
+        """Returns the scale that `to_dict` gave as plain data."""
         value = None if plain["scale"] is None else parse_setting(plain["scale"])
         return cls(value, plain["alignment"], plain["per"], plain["origin"])
 
     def describe(self) -> str:
-        """Return one phrase for a table."""
+        """Returns one phrase for a table."""
         if self.alignment is not None:
             return f"λ from alignment {self.alignment:g} per {self.per} ({self.origin})"
         constant = None if self.value is None else self.value.constant
         return f"λ = {constant if constant is not None else 'per tensor'} ({self.origin})"
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """A weight file as it was when the merge was planned.
-
-    Attributes:
-        path: of the file.
-        size: in bytes.
-        header: SHA-256 of its tensors' names, dtypes, shapes and places.
-    """
-
-    path: str
-    size: int
-    header: str
-
-
-@dataclass(frozen=True)
-class InputPlan(Place):
-    """An input: where it is, and the weight files it is read from.
-
-    Attributes:
-        files: the weight files.
-        base_name: what an adapter calls its base model.
-    """
-
-    files: tuple[FilePlan, ...] = ()
-    base_name: str | None = None
-
-    @classmethod
-    def of(cls, item: Input) -> InputPlan:
-        """Return the plain data of an opened input."""
-        digests: dict[Path, Any] = {}
-        for info in item.infos():
-            if info.file is not None:
-                text = f"{info.name}\0{info.dtype}\0{info.shape}\0{info.offset}\n"
-                digests.setdefault(info.file, hashlib.sha256()).update(text.encode())
-        files = tuple(
-            FilePlan(str(path), path.stat().st_size, digests[path].hexdigest() if path in digests else "")
-            for path in item.files
-        )
-        base_name = item.adapter.base_name if item.adapter is not None else None
-        place = item.place
-        return cls(place.label, place.kind, place.checkpoint, place.adapter, files, base_name)
-
-    @property
-    def adapter_only(self) -> bool:
-        """Whether it is an adapter without weights of its own."""
-        return self.kind == "adapter"
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files and folders that must outlive the merge."""
-        places = [place for place in (self.checkpoint, self.adapter) if place is not None]
-        return [Path(place) for place in places] + [Path(file.path) for file in self.files]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data (JSON)."""
-        plain = asdict(self)
-        return {"source": plain.pop("label"), **plain}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> InputPlan:
-        """Return the input that `to_dict` gave as plain data."""
-        files = tuple(FilePlan(**file) for file in plain["files"])
-        kept = {key: value for key, value in plain.items() if key not in ("source", "files")}
-        return cls(label=plain["source"], files=files, **kept)
 
 
 @dataclass
@@ -337,13 +117,13 @@ class Plan:
         return [tensor for tensor in self.tensors if tensor.written]
 
     def bytes_of(self, tensor: TensorPlan) -> int:
-        """Return the size of a tensor in the output: an adapter holds two factors of it."""
+        """Returns the size of a tensor in the output: an adapter holds two factors of it."""
         if self.output == "adapter" and tensor.module is not None and tensor.rank is not None:
             return tensor.rank * sum(tensor.shape) * tensor.dtype.itemsize
         return tensor.nbytes
 
     def totals(self) -> dict[str, Any]:
-        """Return numbers for the whole plan: tensors by rule, output bytes, FLOPs, peak memory."""
+        """Returns numbers for the whole plan: tensors by rule, output bytes, FLOPs, peak memory."""
         return {
             "tensors": dict(Counter(tensor.rule for tensor in self.tensors)),
             "parameters": sum(self.bytes_of(tensor) // tensor.dtype.itemsize for tensor in self.written),
@@ -353,7 +133,7 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain data (JSON), from which `from_dict` makes an equal plan."""
+        """Returns the plan as plain data (JSON), from which `from_dict` makes an equal plan."""
         return {
             "dirmerge": self.version,
             "method": self.method_name,
@@ -377,7 +157,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
-        """Return the plan that `to_dict` gave as plain data."""
+        """Returns the plan that `to_dict` gave as plain data."""
         return cls(
             version=plain["dirmerge"],
             method_name=plain["method"],
@@ -390,7 +170,7 @@ class Plan:
             tensors=[TensorPlan.from_dict(tensor) for tensor in plain["tensors"]],
             scale=ScalePlan.from_dict(plain["scale"]),
             seed=plain["seed"],
-            dtype=None if plain["dtype"] is None else _dtype(plain["dtype"]),
+            dtype=None if plain["dtype"] is None else dtype_of(plain["dtype"]),
             shard_size=plain["shard_size"],
             tokenizer=plain["tokenizer"],
             chat_template=plain["chat_template"],
@@ -399,7 +179,7 @@ class Plan:
         )
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all that decides the output: version, recipe, headers and sizes, tensors.
+        """Returns the SHA-256 of all that decides the output: version, recipe, headers and sizes, tensors.
 
         Where the files lie enters only as far as the recipe says it.
         """
@@ -416,7 +196,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def open(self) -> Inputs:
-        """Return the live inputs: those that `make_plan` has left open, or the files opened again.
+        """Returns the live inputs: those that `make_plan` has left open, or the files opened again.
 
         Raises:
             CheckpointError: an input that cannot be read any more.
@@ -437,19 +217,7 @@ class Plan:
         return inputs
 
     def close(self) -> None:
-        """Close the inputs."""
+        """Closes the inputs."""
         if self._inputs is not None:
             self._inputs.close()
             self._inputs = None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without the module."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must name a torch dtype, got {name!r}")
-    return dtype

@@ -24,11 +24,11 @@ class Problems:
     general: list[str] = field(default_factory=list)
 
     def add(self, name: str, text: str, *rules: str) -> None:
-        """Add a tensor that does not fit, with the rules that would resolve it."""
+        """Adds a tensor that does not fit, with the rules that would resolve it."""
         self.tensors.append((name, text, rules))
 
     def raise_if_any(self, origin: str, names: Sequence[str]) -> None:
-        """Raise MismatchError with all problems.
+        """Raises MismatchError with all problems.
 
         Args:
             origin: the recipe's file.

@@ -65,7 +65,7 @@ class LearnOptions(_Strict):
     max_shift: Fraction = 0.3
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the options as plain data (JSON)."""
+        """Returns the options as plain data (JSON)."""
         return self.model_dump()
 
 
@@ -118,7 +118,7 @@ class AlignSection(_Strict):
     tasks: tuple[AlignTask, ...]
 
     def problems(self, labels: Sequence[str], merge_method: str) -> list[str]:
-        """Return what does not fit the rest of the recipe.
+        """Returns what does not fit the rest of the recipe.
 
         Args:
             labels: of the fine-tunes.
@@ -146,7 +146,7 @@ class AlignSection(_Strict):
         return found
 
     def index(self, i: int, labels: Sequence[str]) -> int | None:
-        """Return the number of the fine-tune that a task is for, None if there is no such."""
+        """Returns the number of the fine-tune that a task is for, None if there is no such."""
         model = self.tasks[i].model
         if isinstance(model, str):
             return list(labels).index(model) if model in labels else None

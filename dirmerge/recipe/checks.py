@@ -53,7 +53,7 @@ UNSUPPORTED_KEYS = {
 
 
 def recipe_problems(recipe: Recipe, *, complete: bool) -> list[str]:
-    """Return what pydantic cannot see; `complete` is False when known problems explain an empty list."""
+    """Returns what pydantic cannot see; `complete` is False when known problems explain an empty list."""
     problems = []
     if not recipe.models and complete:
         problems.append("models: list at least one model")
@@ -141,7 +141,7 @@ def _normalize_problems(recipe: Recipe) -> list[str]:
 
 
 def unsupported_keys(plain: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with mergekit's keys that dirmerge does not have."""
+    """Returns what is wrong with mergekit's keys that dirmerge does not have."""
     problems = [
         f"{key}: {UNSUPPORTED_KEYS[key]}" for key in ("slices", "modules") if plain.get(key) is not None
     ]
@@ -154,7 +154,7 @@ def unsupported_keys(plain: Mapping[str, Any]) -> list[str]:
 
 
 def lift_scale(plain: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Move scale, lambda and alignment out of `parameters`; each may be given once."""
+    """Moves scale, lambda and alignment out of `parameters`; each may be given once."""
     fields = dict(plain)
     problems = []
     parameters = fields.get("parameters")
@@ -188,7 +188,7 @@ def lift_scale(plain: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def parameter_problems(plain: Mapping[str, Any]) -> list[str]:
-    """Return unknown methods and unknown parameter names, with suggestions."""
+    """Returns unknown methods and unknown parameter names, with suggestions."""
     method = plain.get("merge_method")
     if not isinstance(method, str):
         return []
@@ -258,7 +258,7 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def translate(error: ValidationError) -> list[str]:
-    """Return pydantic's complaints as sentences that start with the key."""
+    """Returns pydantic's complaints as sentences that start with the key."""
     problems = []
     for item in error.errors(include_url=False):
         location = [part for part in item["loc"] if not str(part).startswith("function-")]

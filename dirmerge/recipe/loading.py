@@ -27,7 +27,7 @@ MAX_RECIPE_NODES = 100_000
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
-    """Return the recipe in a YAML file, in YAML text (a string of several lines) or in a dict.
+    """Returns the recipe in a YAML file, in YAML text (a string of several lines) or in a dict.
 
     Raises:
         RecipeError: unreadable, not YAML, or invalid; the message lists everything that is wrong with it.
@@ -113,7 +113,7 @@ def _parse_yaml(content: bytes, origin: str) -> dict[str, Any]:
 
 
 def _check_nodes(root: yaml.Node, origin: str) -> None:
-    """Refuse duplicate keys, and aliases that expand to more than a recipe can need."""
+    """Refuses duplicate keys, and aliases that expand to more than a recipe can need."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
     problems: list[str] = []

@@ -56,7 +56,7 @@ class TensorRule(_Strict):
     model: TakeModel | None = None
 
     def matches(self, name: str) -> bool:
-        """Whether one of the globs matches `name`."""
+        """Returns whether one of the globs matches `name`."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.match)
 
 
@@ -132,20 +132,20 @@ class Recipe(_Strict):
         return self.base_model
 
     def with_shard_size(self, size: int) -> Recipe:
-        """Return the recipe with another size of the weight files, in bytes."""
+        """Returns the recipe with another size of the weight files, in bytes."""
         changed = self.model_copy(update={"shard_size": size})
         changed._plain = {**self._plain, "shard_size": size}
         return changed
 
     def tasks(self) -> list[ModelEntry]:
-        """Return the fine-tunes: the listed models without the base, which only averages count."""
+        """Returns the fine-tunes: the listed models without the base, which only averages count."""
         if self._tasks is None:  # asked for once per tensor, and comparing references looks at the disk
             is_task = (self.method == "average" or not e.model.same_as(self.base_model) for e in self.models)
             self._tasks = [entry for entry, chosen in zip(self.models, is_task, strict=True) if chosen]
         return self._tasks
 
     def weights(self, name: str, depth: float) -> list[float]:
-        """Return the weight of every task for the tensor `name`."""
+        """Returns the weight of every task for the tensor `name`."""
         weights = []
         for entry in self.tasks():
             value = None
@@ -156,12 +156,12 @@ class Recipe(_Strict):
         return weights
 
     def present(self) -> int:
-        """Return the number of tasks whose weight is not 0 everywhere."""
+        """Returns the number of tasks whose weight is not 0 everywhere."""
         settings = [e.parameters.get("weight", self.parameters.get("weight")) for e in self.tasks()]
         return sum(setting is None or any(value != 0 for value in setting.values()) for setting in settings)
 
     def options(self, name: str, depth: float) -> dict[str, Scalar]:
-        """Return the method's options as given for the tensor `name`; what is not given keeps its default."""
+        """Returns the method's options given for the tensor `name`; what is not given keeps its default."""
         # Options inside models are the same for all of them (_task_parameter_problems): the first has them.
         shared = {**self.parameters, **self.tasks()[0].parameters}
         options = {}
@@ -173,7 +173,7 @@ class Recipe(_Strict):
         return options
 
     def filters(self) -> list[tuple[str, str]]:
-        """Return every (parameter path, filter) of the recipe."""
+        """Returns every (parameter path, filter) of the recipe."""
         found = [(f"parameters.{key}", f) for key, s in self.parameters.items() for f in s.filters()]
         for i, entry in enumerate(self.models):
             for key, setting in entry.parameters.items():
@@ -183,7 +183,7 @@ class Recipe(_Strict):
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the recipe as it was given, with state dicts named instead of printed."""
+        """Returns the recipe as it was given, with state dicts named instead of printed."""
         plain = _plain_value(self._plain)
         assert isinstance(plain, dict)
         return plain
@@ -206,5 +206,5 @@ def _plain_value(value: Any) -> Any:
 
 
 def is_inline_template(template: str) -> bool:
-    """Whether the string is itself a Jinja template and not the name of a file."""
+    """Returns whether the string is itself a Jinja template and not the name of a file."""
     return "{{" in template or "{%" in template

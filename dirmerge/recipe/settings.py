@@ -33,7 +33,7 @@ class Setting:
     cases: tuple[tuple[str | None, Scalar | tuple[float, ...]], ...]
 
     def at(self, name: str, depth: float = 0.0) -> Scalar | None:
-        """Return the value for the tensor `name` at relative `depth` in [0, 1], None if no case matches."""
+        """Returns the value for the tensor `name` at relative `depth` in [0, 1], None if no case matches."""
         for pattern, value in self.cases:
             if pattern is None or pattern == "*" or pattern in name:
                 return _interpolate(value, depth) if isinstance(value, tuple) else value
@@ -46,11 +46,11 @@ class Setting:
         return None if isinstance(value, tuple) or pattern not in (None, "*") else value
 
     def filters(self) -> Iterator[str]:
-        """Yield the filters that name something."""
+        """Yields the filters that name something."""
         return (pattern for pattern, _ in self.cases if pattern not in (None, "*"))
 
     def values(self) -> Iterator[Scalar]:
-        """Yield every value of every case."""
+        """Yields every value of every case."""
         for _, value in self.cases:
             yield from value if isinstance(value, tuple) else (value,)
 
@@ -60,7 +60,7 @@ class Setting:
         return not any(isinstance(value, bool | str) for value in self.values())
 
     def to_plain(self) -> Any:
-        """Return the value as YAML would hold it."""
+        """Returns the value as YAML would hold it."""
         if len(self.cases) == 1 and self.cases[0][0] is None:
             value = self.cases[0][1]
             return list(value) if isinstance(value, tuple) else value
@@ -104,7 +104,7 @@ def _parse_scalar_or_gradient(value: object) -> Scalar | tuple[float, ...]:
 
 
 def parse_setting(value: object) -> Setting:
-    """Return a YAML value (a number, a list over layers, {value, filter} items) as a Setting.
+    """Returns a YAML value (a number, a list over layers, {value, filter} items) as a Setting.
 
     Raises:
         ValueError: not such a value.
@@ -153,7 +153,7 @@ class ModelRef:
         return self.source if self.adapter is None else f"{self.source}+{self.adapter}"
 
     def same_as(self, other: ModelRef | None) -> bool:
-        """Whether both name the same input."""
+        """Returns whether both name the same input."""
         if other is None or self.adapter != other.adapter:
             return False
         if isinstance(self.source, str) and isinstance(other.source, str):
@@ -209,7 +209,7 @@ _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(value: object) -> int:
-    """Return a size such as 5GB, 500MB, 2GiB or a plain number in bytes.
+    """Returns a size such as 5GB, 500MB, 2GiB or a plain number in bytes.
 
     Raises:
         ValueError: not a positive size.
@@ -262,13 +262,13 @@ TakeModel = Annotated[int | str, PlainValidator(_parse_take_model)]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the closest known name, or nothing."""
+    """Returns `; did you mean 'x'?` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def describe(value: object) -> str:
-    """Return a value as a message shows it: short, and containers by their type."""
+    """Returns a value as a message shows it: short, and containers by their type."""
     if value is None:
         return "nothing"
     if isinstance(value, str | int | float | bool):

@@ -15,7 +15,7 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
-from dirmerge.engine import rules
+from dirmerge.engine import merged_rows, rows
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
@@ -188,7 +188,7 @@ def test_chunks_of_rows_change_nothing(models, monkeypatch):
     entries = {"tensors": [{"match": "lm_head.*", "rule": "take", "model": 1}]}
     whole = api.merge(recipe(models, method="iso_c", **entries))
     chunked_whole = api.merge(recipe(models, method="ties", **entries))
-    monkeypatch.setattr(rules, "CHUNK_BYTES", 4 * 16 * 5)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 4 * 16 * 5)
     for method, reference in (("iso_c", whole), ("ties", chunked_whole)):
         chunked = api.merge(recipe(models, method=method, **entries), models / method)
         found = read_folder(chunked.path)
@@ -275,10 +275,10 @@ def test_common_rows(fewest):
         **{n: BASE[n] for n in MATRIX_NAMES},
     }
     tuned = []
-    for rows, state in ((fewest, TUNED[0]), (8, TUNED[1])):
+    for height, state in ((fewest, TUNED[0]), (8, TUNED[1])):
         tuned.append(
             {
-                "embed_tokens.weight": torch.randn(rows, 3, generator=generator),
+                "embed_tokens.weight": torch.randn(height, 3, generator=generator),
                 **{n: state[n] for n in MATRIX_NAMES},
             }
         )
@@ -671,7 +671,7 @@ def test_rows_from_the_stored_weights_equal_the_method(models, method, monkeypat
     rule = recipe(models, method=method, models=entries, **({} if method == "average" else {"scale": 0.8}))
     for sizes in ({}, {"CHUNK_BYTES": 4 * 16 * 5}, {"CHUNK_BYTES": 4 * 16 * 5, "WHOLE_BYTES": 0}):
         for name, value in sizes.items():
-            monkeypatch.setattr(rules, name, value)
+            monkeypatch.setattr(rows if name == "CHUNK_BYTES" else merged_rows, name, value)
         found = api.merge(rule).state_dict
         for name, base in BASE.items():
             merged = merge_deltas(deltas(name), method, weights=[0.5, 1.5, 2.5]).dense()
@@ -685,9 +685,9 @@ def test_an_error_in_any_stage_stops_all_and_leaves_nothing(models, monkeypatch,
         raise OSError(28, "No space left on device")
 
     if stage == "read":
-        monkeypatch.setattr("dirmerge.checkpoints.safetensors_io.fill", fail)
+        monkeypatch.setattr("dirmerge.checkpoints.files.fill", fail)
     elif stage == "make":
-        monkeypatch.setattr(rules.FormedRows, "make", fail)
+        monkeypatch.setattr(merged_rows.FormedRows, "make", fail)
     else:
         monkeypatch.setattr("os.pwrite", fail)
     before = {path.name for path in models.iterdir()}
