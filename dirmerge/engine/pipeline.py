@@ -225,16 +225,21 @@ class _Merge:
                     threading.Thread(target=self._run, args=(lane, items, numbers, ended, perform))
                 )
                 threads[-1].start()
-        for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
-            if not threads:
-                self._run(self.lanes[0], items, [i], ended, perform)
-            ended[i].wait()
-            self.workers.check()
-            if tensor.written and phase == "write":
-                self._written += self.plan.bytes_of(tensor)
-            self._step(phase, tensor)
-        for thread in threads:
-            thread.join()
+        try:
+            for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
+                if not threads:
+                    self._run(self.lanes[0], items, [i], ended, perform)
+                ended[i].wait()
+                self.workers.check()
+                if tensor.written and phase == "write":
+                    self._written += self.plan.bytes_of(tensor)
+                self._step(phase, tensor)
+        except BaseException:
+            self.workers.stop()  # a lane may wait for what will not come
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
 
     def _run(
         self,

@@ -164,6 +164,11 @@ class Workers:
         with self._change:
             self._fail(-1, error)
 
+    def stop(self) -> None:
+        """Stops all, and wakes all that wait; they raise InterruptedMergeError."""
+        with self._change:
+            self._stop()
+
     def check(self) -> None:
         """Raises the error that has stopped the workers, if one has."""
         with self._change:

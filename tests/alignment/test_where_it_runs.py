@@ -51,7 +51,7 @@ def live_bytes() -> int:
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.dtype == torch.float32:
+                if tensor is not None and (tensor.dtype, tensor.layout) == (torch.float32, torch.strided):
                     storage = tensor.untyped_storage()
                     found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
