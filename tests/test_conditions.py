@@ -190,7 +190,7 @@ def test_deferred_power_iterations_stop_where_the_others_do(shape, generator):
         if is_enough and len(shape) == 2:
             # The same subspace after as many iterations; the bases on the way are computed otherwise.
             error = torch.linalg.matrix_norm(found.dense() - expected.dense())
-            assert float(error) < 1e-5 * float(torch.linalg.matrix_norm(expected.dense()))
+            assert float(error) < 1e-3 * float(torch.linalg.matrix_norm(expected.dense()))
             torch.testing.assert_close(found.gain, expected.gain, rtol=1e-2, atol=1e-6)
     with deferred(on_cpu=True) as ledger:  # iterations that the caller counts are nobody's condition
         found = svd_truncated(flat, 5, "randomized", power_iterations=1)
