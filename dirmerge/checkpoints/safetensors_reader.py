@@ -14,6 +14,7 @@ bytes of JSON, and the tensors' bytes, which must cover the rest of the file wit
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import mmap
@@ -213,7 +214,11 @@ def fresh_bytes(nbytes: int) -> Tensor:
     """
     if nbytes < _OWN_PAGES_FROM:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def check_rows(start: int | None, stop: int | None, rows: int, name: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dirmerge.recipe import parse_size
 CPU = torch.device("cpu")
 
 # Bytes that may be read ahead, and bytes of results that may wait to be written, where no budget is given.
-AHEAD = 128 << 20
+AHEAD = 240 << 20
 BEHIND = 64 << 20
 # Bytes of one matrix's weights that a method may look at twice without their being read twice.
 KEPT = 1 << 30
@@ -174,7 +174,7 @@ class Budget:
                 f"tensor, {2 * smallest_ahead} to read and write)"
             )
         spare = compute.memory - used - work
-        ahead = max(smallest_ahead, min(spare // 2, 8 * AHEAD))
+        ahead = max(smallest_ahead, min(spare // 2, 6 * AHEAD))
         behind = max(smallest_ahead, min(spare // 4, 8 * BEHIND))
         # On a device also the rows in the making and the results on their way back take their share.
         behind = behind if on_cpu else min(behind, (compute.memory - largest) // 4)

@@ -79,12 +79,13 @@ class ItemJobs:
     Args:
         reader: of the plan's inputs.
         files: that it reads.
+        ahead: bytes of memory that jobs may leave to the next ones.
     """
 
-    def __init__(self, reader: DeltaReader, files: InputFiles) -> None:
+    def __init__(self, reader: DeltaReader, files: InputFiles, ahead: int) -> None:
         self._reader = reader
         self._files = files
-        self._buffers = _Buffers()
+        self._buffers = _Buffers(ahead)
 
     def rows(self, tensor: TensorPlan, lane: Lane, rule: RowRule) -> Item:
         """Returns the item of a tensor that is made by rows."""
@@ -149,10 +150,11 @@ class ItemJobs:
 class _Buffers:
     """Memory that jobs use one after the other: fresh pages cost as much as a copy."""
 
-    LARGEST = PIECE
-    TOTAL = 6 * PIECE
+    LARGEST = 4 * PIECE
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._held = 0
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
 
@@ -175,11 +177,21 @@ class _Buffers:
         with self._lock:
             fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.numel() <= 2 * size + PIECE]
             if fitting:
-                return self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
+                buffer = self._free.pop(min(fitting, key=lambda i: self._free[i].numel()))
+                self._held -= buffer.numel() if buffer.numel() <= self.LARGEST else 0
+                return buffer
+            # Jobs with large buffers run alone, one after the other: what others have left must not come on
+            # top of theirs, nor theirs on top of what follows.
+            is_large = size > self.LARGEST
+            self._free = [other for other in self._free if (other.numel() > self.LARGEST) is is_large]
+            self._held = sum(other.numel() for other in self._free if not is_large)
         return fresh_bytes(size)
 
     def give(self, buffer: Tensor) -> None:
+        size = buffer.numel()
         with self._lock:
-            held = sum(other.numel() for other in self._free)
-            if buffer.numel() <= self.LARGEST and held + buffer.numel() <= self.TOTAL:
+            if size > self.LARGEST:
                 self._free.append(buffer)
+            elif self._held + size <= self._total:
+                self._free.append(buffer)
+                self._held += size

@@ -132,8 +132,8 @@ class _Merge:
         self.sink = sink
         self.reader = DeltaReader.of(plan)
         self.files = InputFiles(plan)
-        self.jobs = ItemJobs(self.reader, self.files)
         self.budget = Budget.of_plan(compute, plan)
+        self.jobs = ItemJobs(self.reader, self.files, self.budget.ahead)
         self.workers = Workers(compute.workers, self.budget.ahead, self.budget.behind)
         self.workers.on_stop(self.files.stop)
         self.waiting = WaitingUpdates(scratch, self.budget.waiting_on(compute.devices))
