@@ -142,7 +142,8 @@ class UpdatedRows(RowRule):
             value = ops.lowrank_add(base, left, right, scale=self._scale, out_dtype=self.tensor.dtype)
         else:
             part = update[rows] if self._shape else update
-            value = torch.add(base.to(part.dtype), part, alpha=self._scale).to(self.tensor.dtype)
+            dtype = torch.promote_types(base.dtype, part.dtype)
+            value = torch.add(base.to(dtype), part.to(dtype), alpha=self._scale).to(self.tensor.dtype)
         if self._slices:
             once.clear()
         return counted(value[None] if self._slices else value)

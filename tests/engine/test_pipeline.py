@@ -232,6 +232,37 @@ def test_float64_models_are_merged_in_float64():
             assert update_error(result.state_dict[name], expected, BASE[name]) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scale": 0.5},
+        {"alignment": 0.6},
+        {"alignment": 0.6, "alignment_per": "parameter"},
+        {"scale": 1.0, "tensors": [{"match": "*.weight", "rule": "mean"}]},
+        {"scale": 1.0, "tensors": [{"match": "*_proj.weight", "rule": "take", "model": 0}]},
+    ],
+)
+def test_a_float64_base_keeps_its_precision_beside_float32_adapters(tmp_path, keys):
+    """Rows in which the updates are 0 come back bit for bit."""
+    base = {name: value.double() + 1e-12 for name, value in BASE.items()}
+    for t in range(2):
+        # Of full rank, so that the update is dense where it waits for λ.
+        write_adapter_folder(tmp_path / f"a{t}", rank=16, seed=t)
+        file = tmp_path / f"a{t}" / "adapter_model.safetensors"
+        factors = load_file(file)
+        for name, value in factors.items():
+            if "lora_B" in name:
+                value[8:] = 0
+        save_file(factors, file)
+    models = [{"model": str(tmp_path / f"a{t}")} for t in range(2)]
+    rule = {"merge_method": "task_arithmetic", "base_model": base, "models": models, **keys}
+    found = api.merge(rule).state_dict
+    for name in MATRIX_NAMES:
+        assert found[name].dtype == torch.float64
+        assert not torch.equal(found[name][:8], base[name][:8])
+        assert torch.equal(found[name][8:], base[name][8:])
+
+
 def test_scalars_and_empty_tensors():
     base = {"logit_scale": torch.tensor(2.0), "empty": torch.zeros(0, 3), "w": BASE["norm.weight"]}
     tuned = {"logit_scale": torch.tensor(4.0), "empty": torch.zeros(0, 3), "w": TUNED[0]["norm.weight"]}
