@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dirmerge.checkpoints.hashing import InterruptedMergeError
 from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
@@ -265,10 +266,15 @@ class DeviceLane:
         with self._change:
             while id(job) not in self._staged and not self._ended:
                 self._change.wait()
-            self._workers.check()
-            tensors, copied = self._staged.pop(id(job))
-            self._held -= job.nbytes
-            self._change.notify_all()
+            found = self._staged.pop(id(job), None)
+            if found is not None:
+                self._held -= job.nbytes
+                self._change.notify_all()
+        # Outside the lock: who stops the workers holds theirs, and asks for ours in _stop.
+        self._workers.check()
+        if found is None:
+            raise InterruptedMergeError  # the lane was closed
+        tensors, copied = found
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(copied)
         for tensor in tensors:

@@ -165,6 +165,8 @@ class _Merge:
                 stack.callback(self.lanes[-1].close)
             scale = self._find_scale(records) if self._two_passes else None
             self._pass(self._last, scale, lambda item: self._write(item, records[item.tensor.name], scale))
+            # Reads that nobody asked for may still have to be claimed, and take their turn before the rest.
+            self.workers.drain()
             for rest in self.files.rest():
                 self.workers.submit(Job(rest, 0))
             self.workers.drain()
@@ -217,24 +219,30 @@ class _Merge:
             lane.begin([item for item in items if item and item.lane is lane])
         phases = ["merge" if tensors is self._first and t.rule == "merge" else "write" for t in tensors]
         ended = [threading.Event() for _ in items]
-        threads = []
-        if len(self.lanes) > 1:
-            for lane in self.lanes:
-                numbers = [i for i, item in enumerate(items) if item and item.lane is lane]
-                threads.append(
-                    threading.Thread(target=self._run, args=(lane, items, numbers, ended, perform))
-                )
-                threads[-1].start()
-        for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
-            if not threads:
-                self._run(self.lanes[0], items, [i], ended, perform)
-            ended[i].wait()
-            self.workers.check()
-            if tensor.written and phase == "write":
-                self._written += self.plan.bytes_of(tensor)
-            self._step(phase, tensor)
-        for thread in threads:
-            thread.join()
+        threads: list[threading.Thread] = []
+        try:
+            if len(self.lanes) > 1:
+                for lane in self.lanes:
+                    numbers = [i for i, item in enumerate(items) if item and item.lane is lane]
+                    arguments = (lane, items, numbers, ended, perform)
+                    name = f"dirmerge-lane-{len(threads)}"
+                    threads.append(threading.Thread(target=self._run, args=arguments, name=name))
+                    threads[-1].start()
+            for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
+                if not threads:
+                    self._run(self.lanes[0], items, [i], ended, perform)
+                ended[i].wait()
+                self.workers.check()
+                if tensor.written and phase == "write":
+                    self._written += self.plan.bytes_of(tensor)
+                self._step(phase, tensor)
+        except BaseException as error:
+            self.workers.fail(error)  # the other lanes must not go on
+            raise
+        finally:
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join()
 
     def _run(
         self,

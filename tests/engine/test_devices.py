@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shadow import RaceError, tensor
 
 from dirmerge import api
 from dirmerge.engine import compute, lanes, work
+from dirmerge.engine.workers import Workers
 from dirmerge.errors import NonFiniteError, RecipeError
 from dirmerge.methods import METHODS, registry
 
@@ -205,6 +207,36 @@ def test_nan_on_a_device_names_file_and_tensor_and_leaves_nothing(shadow_gpu, fo
         ):
             api.merge(rule, tmp_path / "out", device="cuda")
         assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_the_workers_are_asked_outside_the_lock_of_a_lane(shadow_gpu, folders, tmp_path, monkeypatch):
+    """Whoever stops the workers holds their lock and asks for the lane's: the other way round hangs."""
+    made, free = [], []
+    begin, check = lanes.DeviceLane.begin, Workers.check
+
+    def note(lane, items):
+        made.append(lane)
+        begin(lane, items)
+
+    def is_free(lane):
+        if lane._change.acquire(timeout=1):
+            lane._change.release()
+            free.append(True)
+        else:
+            free.append(False)
+
+    def checked(workers):
+        thread = threading.Thread(target=is_free, args=(made[-1],))
+        thread.start()
+        thread.join()
+        check(workers)
+
+    monkeypatch.setattr(lanes.DeviceLane, "begin", note)
+    monkeypatch.setattr(Workers, "check", checked)
+    with shadow_gpu():
+        merged(folders, tmp_path / "out", "average", "full", "cuda")
+    assert len(free) > 5
+    assert all(free)
 
 
 class TestBrokenPipelines:

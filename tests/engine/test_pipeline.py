@@ -4,6 +4,7 @@ import json
 import math
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
-from dirmerge.engine import merged_rows, rows
+from dirmerge.engine import merged_rows, pipeline, rows
+from dirmerge.engine.compute import CPU, Compute
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
@@ -708,6 +710,28 @@ def test_rows_from_the_stored_weights_equal_the_method(models, method, monkeypat
             merged = merge_deltas(deltas(name), method, weights=[0.5, 1.5, 2.5]).dense()
             expected = base.double() + (1.0 if method == "average" else 0.8) * merged
             assert_close(found[name], expected, 1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("keys", [{"scale": 1.0}, {"alignment": 0.5}])
+def test_an_interrupt_ends_every_thread_and_leaves_nothing(models, monkeypatch, lanes, keys):
+    def slowly(*arguments, **options):
+        time.sleep(0.05)
+        return merge_matrices(*arguments, **options)
+
+    def interrupt(step):
+        if step.done == 2:
+            raise KeyboardInterrupt
+
+    merge_matrices = pipeline.merge_matrices
+    monkeypatch.setattr(pipeline, "merge_matrices", slowly)
+    before = {path.name for path in models.iterdir()}
+    threads = threading.enumerate()
+    compute = Compute((CPU,) * lanes, 1, None, "asked for")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(api.plan(recipe(models, **keys)), models / "out", progress=interrupt, compute=compute)
+    assert threading.enumerate() == threads
+    assert {path.name for path in models.iterdir()} == before
 
 
 @pytest.mark.parametrize("stage", ["read", "make", "write"])
