@@ -36,9 +36,11 @@ class Read:
     @property
     def nbytes(self) -> int:
         """Bytes that are read."""
-        if self.info.file is None:
+        if self.info.file is not None:
+            return locate(self.info, self.start, self.stop)[1]
+        if self.start is None or self.stop is None:
             return self.info.nbytes
-        return locate(self.info, self.start, self.stop)[1]
+        return (self.stop - self.start) * (self.info.nbytes // max(1, self.info.shape[0]))
 
 
 class InputFiles:

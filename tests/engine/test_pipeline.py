@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dirmerge import LowRank, api, merge_deltas
 from dirmerge.engine import merged_rows, pipeline, rows
 from dirmerge.engine.compute import CPU, Compute
+from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import Progress
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
@@ -273,6 +274,16 @@ def test_scalars_and_empty_tensors():
         found = api.merge(recipe).state_dict
         assert found["logit_scale"] == 4
         assert found["empty"].shape == (0, 3)
+
+
+def test_rows_of_a_state_dict_count_as_their_own_bytes(models):
+    for base in (BASE, str(models / "base")):
+        plan = api.plan({**recipe(models), "base_model": base})
+        reader = DeltaReader.of(plan)
+        for start, stop in ((2, 5), (0, 0), (None, None)):
+            read = reader.base_read("embed_tokens.weight", start, stop)
+            assert read.nbytes == reader.fetch(read).nbytes
+        plan.close()
 
 
 def test_state_dicts_are_left_as_they_are():
