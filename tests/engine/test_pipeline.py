@@ -708,6 +708,22 @@ def test_with_one_scale_for_the_model_only_the_base_is_read_twice(models):
     assert result.read_bytes == sizes + again
 
 
+def test_an_update_is_let_go_of_with_its_last_row(models):
+    """Items that are made while an earlier one still waits for its file would hold theirs meanwhile."""
+    name = "layers.0.mlp.up_proj.weight"
+    plan = api.plan(recipe(models, alignment=0.6))
+    reader = DeltaReader.of(plan)
+    tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
+    update = torch.ones(24, 16)
+    rule = merged_rows.UpdatedRows(reader, tensor, {None: lambda: update}, 0.5)
+    for start, stop, here in ((0, 10, True), (20, 24, True), (10, 20, False)):
+        values = [reader.fetch(read) for read in rule.reads(start, stop)]
+        made = rule.make(values, start, stop).value
+        assert torch.equal(made, BASE[name][start:stop] + 0.5)
+        assert (rule._updates[None]._value is not None) == here
+    plan.close()
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "average"])
 def test_rows_from_the_stored_weights_equal_the_method(models, method, monkeypatch):
     """The pass over rows gives what merge_deltas gives, chunk by chunk, whole or one fine-tune at a time."""
