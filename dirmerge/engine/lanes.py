@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from dirmerge.checkpoints.hashing import InterruptedMergeError
-from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
+from dirmerge.checkpoints.safetensors_reader import TensorInfo
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
-from dirmerge.engine.reading import Read
+from dirmerge.engine.reading import InputFiles, Read
 from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
 from dirmerge.engine.waiting import update_bytes
@@ -77,12 +77,16 @@ class Feed:
     Args:
         lane: that takes the jobs' results.
         jobs: the jobs of the matrix, in order.
+        files: that they read.
         base: the input that is the base.
         keep: whether what was handed out is kept.
     """
 
-    def __init__(self, lane: Lane, jobs: list[ReadJob], base: Input | None, *, keep: bool) -> None:
+    def __init__(
+        self, lane: Lane, jobs: list[ReadJob], files: InputFiles, base: Input | None, *, keep: bool
+    ) -> None:
         self._lane = lane
+        self._files = files
         self._left = deque(jobs)
         self._kept = {
             _key(read.info, read.start, read.stop)
@@ -103,7 +107,7 @@ class Feed:
             for read, value in zip(reads, self._lane.take(job), strict=True):
                 self._here[_key(read.info, read.start, read.stop)] = value
         if key not in self._here:
-            return read_tensor(info, start, stop).to(self._lane.device)
+            return self._files.read_again(info, start, stop).to(self._lane.device)
         return self._here[key] if key in self._kept else self._here.pop(key)
 
     def fetch(self, reader: DeltaReader, read: Read) -> Tensor:
@@ -255,7 +259,7 @@ class DeviceLane:
         rule = item.rule
         assert rule is not None  # an item of rows
         for step, jobs in zip(item.steps, item.jobs, strict=True):
-            feed = Feed(self, jobs, None, keep=False)
+            feed = Feed(self, jobs, self._jobs.files, None, keep=False)
             made = step.make([feed.fetch(self._reader, read) for read in step.reads])
             feed.close()
             if made is not None:

@@ -130,8 +130,8 @@ class _Merge:
     ) -> None:
         self.plan = plan
         self.sink = sink
-        self.reader = DeltaReader.of(plan)
         self.files = InputFiles(plan)
+        self.reader = DeltaReader(plan.open(), self.files.read_again)
         self.jobs = ItemJobs(self.reader, self.files)
         self.budget = Budget.of_plan(compute, plan)
         self.workers = Workers(compute.workers, self.budget.ahead, self.budget.behind)
@@ -367,7 +367,7 @@ class _Merge:
         """Returns the feed of a matrix; `again` is whether its deltas will be asked for twice."""
         room = self.budget.kept if lane.device.type == "cpu" else self.budget.device_kept
         keep = again and sum(job.nbytes for job in jobs) <= room
-        return Feed(lane, jobs, self.reader.inputs.base, keep=keep)
+        return Feed(lane, jobs, self.files, self.reader.inputs.base, keep=keep)
 
     def _module_update(self, item: Item) -> LowRank:
         """Returns the update of an adapter's module that is taken from one adapter, or a mean."""

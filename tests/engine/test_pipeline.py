@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
 import time
@@ -20,6 +21,7 @@ from dirmerge.engine import merged_rows, pipeline, rows
 from dirmerge.engine.compute import CPU, Compute
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import Progress
+from dirmerge.engine.work import merge_matrices
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
 BASE = tiny_state()
@@ -701,11 +703,24 @@ def test_every_byte_of_the_inputs_is_read_once(models, keys):
         assert digest == blake3(Path(path).read_bytes()).hexdigest()
 
 
-def test_with_one_scale_for_the_model_only_the_base_is_read_twice(models):
-    result = api.merge(recipe(models, method="dc_merge", alignment=0.5), models / "out")
+@pytest.mark.parametrize("per", ["model", "parameter"])
+def test_where_the_scale_is_found_only_the_base_is_read_twice(models, per):
+    result = api.merge(recipe(models, method="dc_merge", alignment=0.5, alignment_per=per), models / "out")
     sizes = sum((models / name / "model.safetensors").stat().st_size for name in ("base", "m0", "m1", "m2"))
     again = sum(4 * math.prod(MATRICES[name.removesuffix(".weight")]) for name in MATRIX_NAMES)
     assert result.read_bytes == sizes + again
+
+
+def test_a_file_that_changed_since_it_was_planned_is_an_error(models):
+    """Also one that is read for its hash alone, which must be that of what was planned."""
+    entries = [{"model": str(models / f"m{t}"), "parameters": {"weight": float(t < 2)}} for t in range(3)]
+    for changed in ("m0", "m2"):
+        plan = api.plan(recipe(models, models=entries))
+        file = models / changed / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        os.utime(file, ns=(1, 1))
+        with pytest.raises(CheckpointError, match=rf"{changed}/model\.safetensors: was changed"):
+            pipeline.run(plan, compute=Compute((CPU,), 1, None, "asked for"))
 
 
 def test_an_update_is_let_go_of_with_its_last_row(models):
@@ -750,7 +765,6 @@ def test_an_interrupt_ends_every_thread_and_leaves_nothing(models, monkeypatch, 
         if step.done == 2:
             raise KeyboardInterrupt
 
-    merge_matrices = pipeline.merge_matrices
     monkeypatch.setattr(pipeline, "merge_matrices", slowly)
     before = {path.name for path in models.iterdir()}
     threads = threading.enumerate()
