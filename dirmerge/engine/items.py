@@ -134,11 +134,11 @@ class ItemJobs:
     def _reads(self, reads: list[Read], lane: Lane) -> list[ReadJob]:
         """Returns the jobs for those reads that are from files; small ones share a job."""
         jobs: list[list[Read]] = []
-        size = PIECE
+        size = 0
         for read in reads:
             if read.info.file is None:
                 continue
-            if size + read.nbytes > PIECE:
+            if not jobs or size + read.nbytes > PIECE:
                 jobs.append([])
                 size = 0
             jobs[-1].append(read)

@@ -184,6 +184,18 @@ def test_several_devices_share_the_work(shadow_gpu, folders, tmp_path, method, k
     assert min(shares[0], shares[1]) > 0.2 * sum(shares.values())
 
 
+def test_empty_tensors_and_scalars_on_a_device(shadow_gpu, tmp_path):
+    tensors = {"a": torch.zeros(0, 3), "b": torch.ones(()), "c": torch.zeros(4, 0), "d": torch.ones(2)}
+    models = [{name: value + t for name, value in tensors.items()} for t in range(3)]
+    for t, made in enumerate(models):
+        write_model(tmp_path / f"m{t}", made)
+    entries = [{"model": str(tmp_path / f"m{t}")} for t in (1, 2)]
+    rule = {"merge_method": "average", "base_model": str(tmp_path / "m0"), "models": entries}
+    with shadow_gpu():
+        found = api.merge(rule, device="cuda").state_dict
+    assert all(torch.equal(found[name], value + 1.5) for name, value in tensors.items())
+
+
 def test_auto_takes_every_device_and_says_so(shadow_gpu, folders, tmp_path):
     with shadow_gpu(devices=2):
         result, _ = merged(folders, tmp_path / "out", "average", "full", "auto")
