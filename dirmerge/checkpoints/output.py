@@ -72,9 +72,9 @@ class OutputFolder:
             self._remove_leftovers()
             self._check()
             self._stage()
-        except OSError as error:
+        except BaseException as error:  # also an interrupt
             self._discard()
-            if isinstance(error, OutputError):
+            if not isinstance(error, OSError) or isinstance(error, OutputError):
                 raise
             raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
         return self
@@ -104,7 +104,7 @@ class OutputFolder:
                 self.out.rename(replaced)
             try:
                 path.rename(self.out)
-            except OSError:
+            except BaseException:
                 if replaced is not None:
                     replaced.rename(self.out)
                 raise

@@ -78,13 +78,13 @@ class ItemJobs:
 
     Args:
         reader: of the plan's inputs.
-        files: that it reads.
+        files: that the jobs read.
         ahead: bytes of memory that jobs may leave to the next ones.
     """
 
     def __init__(self, reader: DeltaReader, files: InputFiles, ahead: int) -> None:
         self._reader = reader
-        self._files = files
+        self.files = files
         self._buffers = _Buffers(ahead)
 
     def rows(self, tensor: TensorPlan, lane: Lane, rule: RowRule) -> Item:
@@ -119,11 +119,11 @@ class ItemJobs:
 
     def step(self, item: Item, rule: RowRule, step: Step, workers: Workers, put: Put) -> Job:
         """Returns the job that reads for a step, makes its rows and hands them to `put`."""
-        reads = [self._files.claim(read) for read in step.reads]
+        reads = [self.files.claim(read) for read in step.reads]
 
         def run() -> None:
             with self._buffers.borrow([read.nbytes for read in reads]) as buffers:
-                values = [self._files.read(r, b) for r, b in zip(reads, buffers, strict=True)]
+                values = [self.files.read(r, b) for r, b in zip(reads, buffers, strict=True)]
                 if step.rows is not None:
                     workers.wait(item.prepared)
                 made = step.make(values)
@@ -135,16 +135,16 @@ class ItemJobs:
     def _reads(self, reads: list[Read], lane: Lane) -> list[ReadJob]:
         """Returns the jobs for those reads that are from files; small ones share a job."""
         jobs: list[list[Read]] = []
-        size = PIECE
+        size = 0
         for read in reads:
             if read.info.file is None:
                 continue
-            if size + read.nbytes > PIECE:
+            if not jobs or size + read.nbytes > PIECE:
                 jobs.append([])
                 size = 0
             jobs[-1].append(read)
             size += read.nbytes
-        return [ReadJob(self._files, group, pinned=lane.device.type != "cpu") for group in jobs]
+        return [ReadJob(self.files, group, pinned=lane.device.type != "cpu") for group in jobs]
 
 
 class _Buffers:

@@ -11,12 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dirmerge.checkpoints.safetensors_reader import TensorInfo, read_tensor
+from dirmerge.checkpoints.hashing import InterruptedMergeError
+from dirmerge.checkpoints.safetensors_reader import TensorInfo
 from dirmerge.deltas.lowrank import LowRank
 from dirmerge.engine.compute import CPU
 from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.items import Item, ItemJobs, ReadJob
-from dirmerge.engine.reading import Read
+from dirmerge.engine.reading import InputFiles, Read
 from dirmerge.engine.rows import Made, RowRule, Step
 from dirmerge.engine.sinks import Sink
 from dirmerge.engine.waiting import update_bytes
@@ -76,12 +77,16 @@ class Feed:
     Args:
         lane: that takes the jobs' results.
         jobs: the jobs of the matrix, in order.
+        files: that they read.
         base: the input that is the base.
         keep: whether what was handed out is kept.
     """
 
-    def __init__(self, lane: Lane, jobs: list[ReadJob], base: Input | None, *, keep: bool) -> None:
+    def __init__(
+        self, lane: Lane, jobs: list[ReadJob], files: InputFiles, base: Input | None, *, keep: bool
+    ) -> None:
         self._lane = lane
+        self._files = files
         self._left = deque(jobs)
         self._kept = {
             _key(read.info, read.start, read.stop)
@@ -102,7 +107,7 @@ class Feed:
             for read, value in zip(reads, self._lane.take(job), strict=True):
                 self._here[_key(read.info, read.start, read.stop)] = value
         if key not in self._here:
-            return read_tensor(info, start, stop).to(self._lane.device)
+            return self._files.read_again(info, start, stop).to(self._lane.device)
         return self._here[key] if key in self._kept else self._here.pop(key)
 
     def fetch(self, reader: DeltaReader, read: Read) -> Tensor:
@@ -254,7 +259,7 @@ class DeviceLane:
         rule = item.rule
         assert rule is not None  # an item of rows
         for step, jobs in zip(item.steps, item.jobs, strict=True):
-            feed = Feed(self, jobs, None, keep=False)
+            feed = Feed(self, jobs, self._jobs.files, None, keep=False)
             made = step.make([feed.fetch(self._reader, read) for read in step.reads])
             feed.close()
             if made is not None:
@@ -265,10 +270,15 @@ class DeviceLane:
         with self._change:
             while id(job) not in self._staged and not self._ended:
                 self._change.wait()
-            self._workers.check()
-            tensors, copied = self._staged.pop(id(job))
-            self._held -= job.nbytes
-            self._change.notify_all()
+            found = self._staged.pop(id(job), None)
+            if found is not None:
+                self._held -= job.nbytes
+                self._change.notify_all()
+        # Outside the lock: who stops the workers holds theirs, and asks for ours in _stop.
+        self._workers.check()
+        if found is None:
+            raise InterruptedMergeError  # the lane was closed
+        tensors, copied = found
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(copied)
         for tensor in tensors:

@@ -113,8 +113,9 @@ class UpdatedRows(RowRule):
         self._base = base
         self._slices = None not in updates
         self._shape = tensor.shape[1:] if self._slices else tensor.shape
+        self._length = 1 if self._slices or not tensor.shape else tensor.shape[0]
         self._updates = {
-            index: _Once(lambda fetch=fetch: _prepared(fetch(), self._shape))  # type: ignore[misc]
+            index: _Once(lambda fetch=fetch: _prepared(fetch(), self._shape), self._length)  # type: ignore[misc]
             for index, fetch in updates.items()
         }
 
@@ -142,9 +143,9 @@ class UpdatedRows(RowRule):
             value = ops.lowrank_add(base, left, right, scale=self._scale, out_dtype=self.tensor.dtype)
         else:
             part = update[rows] if self._shape else update
-            value = torch.add(base.to(part.dtype), part, alpha=self._scale).to(self.tensor.dtype)
-        if self._slices:
-            once.clear()
+            dtype = torch.promote_types(base.dtype, part.dtype)
+            value = torch.add(base.to(dtype), part.to(dtype), alpha=self._scale).to(self.tensor.dtype)
+        once.used(self._length if start is None or stop is None else stop - start)
         return counted(value[None] if self._slices else value)
 
     def blame(self, start: int | None, stop: int | None) -> NonFiniteError:
@@ -154,10 +155,16 @@ class UpdatedRows(RowRule):
 
 
 class _Once:
-    """A value that is made when it is first asked for, by whichever thread asks first."""
+    """A value that is made when it is first asked for, by whichever thread asks first.
 
-    def __init__(self, make: Callable[[], Update]) -> None:
+    Args:
+        make: makes it.
+        rows: that are made from it; after the last it is let go of.
+    """
+
+    def __init__(self, make: Callable[[], Update], rows: int) -> None:
         self._make = make
+        self._left = rows
         self._value: Update | None = None
         self._lock = threading.Lock()
 
@@ -167,9 +174,11 @@ class _Once:
                 self._value = self._make()
             return self._value
 
-    def clear(self) -> None:
+    def used(self, rows: int) -> None:
         with self._lock:
-            self._value = None
+            self._left -= rows
+            if self._left <= 0:
+                self._value = None
 
 
 def _prepared(update: Update, shape: tuple[int, ...]) -> Update:

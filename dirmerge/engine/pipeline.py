@@ -130,8 +130,8 @@ class _Merge:
     ) -> None:
         self.plan = plan
         self.sink = sink
-        self.reader = DeltaReader.of(plan)
         self.files = InputFiles(plan)
+        self.reader = DeltaReader(plan.open(), self.files.read_again)
         self.budget = Budget.of_plan(compute, plan)
         self.jobs = ItemJobs(self.reader, self.files, self.budget.ahead)
         self.workers = Workers(compute.workers, self.budget.ahead, self.budget.behind)
@@ -165,6 +165,8 @@ class _Merge:
                 stack.callback(self.lanes[-1].close)
             scale = self._find_scale(records) if self._two_passes else None
             self._pass(self._last, scale, lambda item: self._write(item, records[item.tensor.name], scale))
+            # Reads that nobody asked for may still have to be claimed, and take their turn before the rest.
+            self.workers.drain()
             for rest in self.files.rest():
                 self.workers.submit(Job(rest, 0))
             self.workers.drain()
@@ -217,15 +219,15 @@ class _Merge:
             lane.begin([item for item in items if item and item.lane is lane])
         phases = ["merge" if tensors is self._first and t.rule == "merge" else "write" for t in tensors]
         ended = [threading.Event() for _ in items]
-        threads = []
-        if len(self.lanes) > 1:
-            for lane in self.lanes:
-                numbers = [i for i, item in enumerate(items) if item and item.lane is lane]
-                threads.append(
-                    threading.Thread(target=self._run, args=(lane, items, numbers, ended, perform))
-                )
-                threads[-1].start()
+        threads: list[threading.Thread] = []
         try:
+            if len(self.lanes) > 1:
+                for lane in self.lanes:
+                    numbers = [i for i, item in enumerate(items) if item and item.lane is lane]
+                    arguments = (lane, items, numbers, ended, perform)
+                    name = f"dirmerge-lane-{len(threads)}"
+                    threads.append(threading.Thread(target=self._run, args=arguments, name=name))
+                    threads[-1].start()
             for i, (tensor, phase) in enumerate(zip(tensors, phases, strict=True)):
                 if not threads:
                     self._run(self.lanes[0], items, [i], ended, perform)
@@ -234,12 +236,13 @@ class _Merge:
                 if tensor.written and phase == "write":
                     self._written += self.plan.bytes_of(tensor)
                 self._step(phase, tensor)
-        except BaseException:
-            self.workers.stop()  # a lane may wait for what will not come
+        except BaseException as error:
+            self.workers.fail(error)  # the other lanes must not go on
             raise
         finally:
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
 
     def _run(
         self,
@@ -364,7 +367,7 @@ class _Merge:
         """Returns the feed of a matrix; `again` is whether its deltas will be asked for twice."""
         room = self.budget.kept if lane.device.type == "cpu" else self.budget.device_kept
         keep = again and sum(job.nbytes for job in jobs) <= room
-        return Feed(lane, jobs, self.reader.inputs.base, keep=keep)
+        return Feed(lane, jobs, self.files, self.reader.inputs.base, keep=keep)
 
     def _module_update(self, item: Item) -> LowRank:
         """Returns the update of an adapter's module that is taken from one adapter, or a mean."""

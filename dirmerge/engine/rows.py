@@ -134,7 +134,7 @@ class CopiedRows(RowRule):
             return Made(value.to(self.tensor.dtype), value.new_zeros((), dtype=torch.int64))
         update = self._updates.get(value.device).get(self.source.task)
         if update is not None:
-            value = value.to(update.dtype) + row_range(update, start, stop).dense()
+            value = value + row_range(update, start, stop).dense()  # in the wider dtype of the two
         return counted(value.to(self.tensor.dtype))
 
 
@@ -209,7 +209,7 @@ class SummedRows(RowRule):
                 part = total.to(torch.promote_types(total.dtype, part.dtype)).add_(part)
             total = part
         assert total is not None  # the plan refuses weights that are all 0
-        value = total if base is None else base.to(total.dtype).add_(total)
+        value = total if base is None else base + total  # in the wider dtype of the two
         return counted(value.to(self.tensor.dtype))
 
     def _is_base(self, start: int | None) -> bool:

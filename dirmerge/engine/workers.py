@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections import deque
@@ -88,11 +89,17 @@ class Workers:
 
     def __enter__(self) -> Workers:
         threads = torch.get_num_threads()
-        for thread in self._threads:
-            thread.start()
-        # What a worker sets for itself also becomes the default of threads that begin later.
-        self._ready.wait()
-        torch.set_num_threads(threads)
+        try:
+            for thread in self._threads:
+                thread.start()
+            self._ready.wait()
+        except BaseException:  # interrupted: those that have begun must not wait for the others
+            self._ready.abort()
+            self.__exit__(*sys.exc_info())
+            raise
+        finally:
+            # What a worker sets for itself also becomes the default of threads that begin later.
+            torch.set_num_threads(threads)
         return self
 
     def __exit__(
@@ -104,7 +111,8 @@ class Workers:
                 self._stop()
             self._change.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def on_stop(self, action: Callable[[], None]) -> None:
         """Calls an action when an error stops the workers: it must wake what waits inside jobs."""
@@ -164,11 +172,6 @@ class Workers:
         with self._change:
             self._fail(-1, error)
 
-    def stop(self) -> None:
-        """Stops all, and wakes all that wait; they raise InterruptedMergeError."""
-        with self._change:
-            self._stop()
-
     def check(self) -> None:
         """Raises the error that has stopped the workers, if one has."""
         with self._change:
@@ -223,7 +226,10 @@ class Workers:
     def _work(self) -> None:
         torch.get_num_threads()  # the first call in a thread takes the default over
         torch.set_num_threads(1)
-        self._ready.wait()
+        try:
+            self._ready.wait()
+        except threading.BrokenBarrierError:
+            return
         while (begun := self._begin()) is not None:
             job, fed = begun
             before = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -69,6 +70,34 @@ class TestOutputFolder:
         with pytest.raises(error):
             fail()
         assert list(tmp_path.iterdir()) == []
+
+    def test_an_interrupt_on_the_way_in_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(fcntl, "flock", interrupt)
+        with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / "a" / "b" / "out"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = existing(tmp_path / "out")
+        before = snapshot(tmp_path)
+        rename = Path.rename
+
+        def interrupt(path: Path, target: Path) -> Path:
+            if "staging" in path.name:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_new(out, overwrite=True)
+        assert snapshot(tmp_path) == before
 
     def test_exception_keeps_parents_that_were_there(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()

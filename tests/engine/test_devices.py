@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from shadow import RaceError, tensor
 
 from dirmerge import api
 from dirmerge.engine import compute, lanes, work
+from dirmerge.engine.workers import Workers
 from dirmerge.errors import NonFiniteError, RecipeError
 from dirmerge.methods import METHODS, registry
 
@@ -182,6 +184,18 @@ def test_several_devices_share_the_work(shadow_gpu, folders, tmp_path, method, k
     assert min(shares[0], shares[1]) > 0.2 * sum(shares.values())
 
 
+def test_empty_tensors_and_scalars_on_a_device(shadow_gpu, tmp_path):
+    tensors = {"a": torch.zeros(0, 3), "b": torch.ones(()), "c": torch.zeros(4, 0), "d": torch.ones(2)}
+    models = [{name: value + t for name, value in tensors.items()} for t in range(3)]
+    for t, made in enumerate(models):
+        write_model(tmp_path / f"m{t}", made)
+    entries = [{"model": str(tmp_path / f"m{t}")} for t in (1, 2)]
+    rule = {"merge_method": "average", "base_model": str(tmp_path / "m0"), "models": entries}
+    with shadow_gpu():
+        found = api.merge(rule, device="cuda").state_dict
+    assert all(torch.equal(found[name], value + 1.5) for name, value in tensors.items())
+
+
 def test_auto_takes_every_device_and_says_so(shadow_gpu, folders, tmp_path):
     with shadow_gpu(devices=2):
         result, _ = merged(folders, tmp_path / "out", "average", "full", "auto")
@@ -205,6 +219,36 @@ def test_nan_on_a_device_names_file_and_tensor_and_leaves_nothing(shadow_gpu, fo
         ):
             api.merge(rule, tmp_path / "out", device="cuda")
         assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_the_workers_are_asked_outside_the_lock_of_a_lane(shadow_gpu, folders, tmp_path, monkeypatch):
+    """Whoever stops the workers holds their lock and asks for the lane's: the other way round hangs."""
+    made, free = [], []
+    begin, check = lanes.DeviceLane.begin, Workers.check
+
+    def note(lane, items):
+        made.append(lane)
+        begin(lane, items)
+
+    def is_free(lane):
+        if lane._change.acquire(timeout=1):
+            lane._change.release()
+            free.append(True)
+        else:
+            free.append(False)
+
+    def checked(workers):
+        thread = threading.Thread(target=is_free, args=(made[-1],))
+        thread.start()
+        thread.join()
+        check(workers)
+
+    monkeypatch.setattr(lanes.DeviceLane, "begin", note)
+    monkeypatch.setattr(Workers, "check", checked)
+    with shadow_gpu():
+        merged(folders, tmp_path / "out", "average", "full", "cuda")
+    assert len(free) > 5
+    assert all(free)
 
 
 class TestBrokenPipelines:

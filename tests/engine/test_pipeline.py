@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from helpers import MATRICES, tiny_state, write_adapter_folder, write_model
 from safetensors.torch import load_file, save_file
 
 from dirmerge import LowRank, api, merge_deltas
-from dirmerge.engine import merged_rows, rows
+from dirmerge.engine import merged_rows, pipeline, rows
+from dirmerge.engine.compute import CPU, Compute
+from dirmerge.engine.deltas import DeltaReader
 from dirmerge.engine.result import Progress
+from dirmerge.engine.work import merge_matrices
 from dirmerge.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 
 BASE = tiny_state()
@@ -232,6 +237,37 @@ def test_float64_models_are_merged_in_float64():
             assert update_error(result.state_dict[name], expected, BASE[name]) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scale": 0.5},
+        {"alignment": 0.6},
+        {"alignment": 0.6, "alignment_per": "parameter"},
+        {"scale": 1.0, "tensors": [{"match": "*.weight", "rule": "mean"}]},
+        {"scale": 1.0, "tensors": [{"match": "*_proj.weight", "rule": "take", "model": 0}]},
+    ],
+)
+def test_a_float64_base_keeps_its_precision_beside_float32_adapters(tmp_path, keys):
+    """Rows in which the updates are 0 come back bit for bit."""
+    base = {name: value.double() + 1e-12 for name, value in BASE.items()}
+    for t in range(2):
+        # Of full rank, so that the update is dense where it waits for λ.
+        write_adapter_folder(tmp_path / f"a{t}", rank=16, seed=t)
+        file = tmp_path / f"a{t}" / "adapter_model.safetensors"
+        factors = load_file(file)
+        for name, value in factors.items():
+            if "lora_B" in name:
+                value[8:] = 0
+        save_file(factors, file)
+    models = [{"model": str(tmp_path / f"a{t}")} for t in range(2)]
+    rule = {"merge_method": "task_arithmetic", "base_model": base, "models": models, **keys}
+    found = api.merge(rule).state_dict
+    for name in MATRIX_NAMES:
+        assert found[name].dtype == torch.float64
+        assert not torch.equal(found[name][:8], base[name][:8])
+        assert torch.equal(found[name][8:], base[name][8:])
+
+
 def test_scalars_and_empty_tensors():
     base = {"logit_scale": torch.tensor(2.0), "empty": torch.zeros(0, 3), "w": BASE["norm.weight"]}
     tuned = {"logit_scale": torch.tensor(4.0), "empty": torch.zeros(0, 3), "w": TUNED[0]["norm.weight"]}
@@ -240,6 +276,16 @@ def test_scalars_and_empty_tensors():
         found = api.merge(recipe).state_dict
         assert found["logit_scale"] == 4
         assert found["empty"].shape == (0, 3)
+
+
+def test_rows_of_a_state_dict_count_as_their_own_bytes(models):
+    for base in (BASE, str(models / "base")):
+        plan = api.plan({**recipe(models), "base_model": base})
+        reader = DeltaReader.of(plan)
+        for start, stop in ((2, 5), (0, 0), (None, None)):
+            read = reader.base_read("embed_tokens.weight", start, stop)
+            assert read.nbytes == reader.fetch(read).nbytes
+        plan.close()
 
 
 def test_state_dicts_are_left_as_they_are():
@@ -657,11 +703,40 @@ def test_every_byte_of_the_inputs_is_read_once(models, keys):
         assert digest == blake3(Path(path).read_bytes()).hexdigest()
 
 
-def test_with_one_scale_for_the_model_only_the_base_is_read_twice(models):
-    result = api.merge(recipe(models, method="dc_merge", alignment=0.5), models / "out")
+@pytest.mark.parametrize("per", ["model", "parameter"])
+def test_where_the_scale_is_found_only_the_base_is_read_twice(models, per):
+    result = api.merge(recipe(models, method="dc_merge", alignment=0.5, alignment_per=per), models / "out")
     sizes = sum((models / name / "model.safetensors").stat().st_size for name in ("base", "m0", "m1", "m2"))
     again = sum(4 * math.prod(MATRICES[name.removesuffix(".weight")]) for name in MATRIX_NAMES)
     assert result.read_bytes == sizes + again
+
+
+def test_a_file_that_changed_since_it_was_planned_is_an_error(models):
+    """Also one that is read for its hash alone, which must be that of what was planned."""
+    entries = [{"model": str(models / f"m{t}"), "parameters": {"weight": float(t < 2)}} for t in range(3)]
+    for changed in ("m0", "m2"):
+        plan = api.plan(recipe(models, models=entries))
+        file = models / changed / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        os.utime(file, ns=(1, 1))
+        with pytest.raises(CheckpointError, match=rf"{changed}/model\.safetensors: was changed"):
+            pipeline.run(plan, compute=Compute((CPU,), 1, None, "asked for"))
+
+
+def test_an_update_is_let_go_of_with_its_last_row(models):
+    """Items that are made while an earlier one still waits for its file would hold theirs meanwhile."""
+    name = "layers.0.mlp.up_proj.weight"
+    plan = api.plan(recipe(models, alignment=0.6))
+    reader = DeltaReader.of(plan)
+    tensor = next(tensor for tensor in plan.tensors if tensor.name == name)
+    update = torch.ones(24, 16)
+    rule = merged_rows.UpdatedRows(reader, tensor, {None: lambda: update}, 0.5)
+    for start, stop, here in ((0, 10, True), (20, 24, True), (10, 20, False)):
+        values = [reader.fetch(read) for read in rule.reads(start, stop)]
+        made = rule.make(values, start, stop).value
+        assert torch.equal(made, BASE[name][start:stop] + 0.5)
+        assert (rule._updates[None]._value is not None) == here
+    plan.close()
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "average"])
@@ -677,6 +752,27 @@ def test_rows_from_the_stored_weights_equal_the_method(models, method, monkeypat
             merged = merge_deltas(deltas(name), method, weights=[0.5, 1.5, 2.5]).dense()
             expected = base.double() + (1.0 if method == "average" else 0.8) * merged
             assert_close(found[name], expected, 1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("keys", [{"scale": 1.0}, {"alignment": 0.5}])
+def test_an_interrupt_ends_every_thread_and_leaves_nothing(models, monkeypatch, lanes, keys):
+    def slowly(*arguments, **options):
+        time.sleep(0.05)
+        return merge_matrices(*arguments, **options)
+
+    def interrupt(step):
+        if step.done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "merge_matrices", slowly)
+    before = {path.name for path in models.iterdir()}
+    threads = threading.enumerate()
+    compute = Compute((CPU,) * lanes, 1, None, "asked for")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(api.plan(recipe(models, **keys)), models / "out", progress=interrupt, compute=compute)
+    assert threading.enumerate() == threads
+    assert {path.name for path in models.iterdir()} == before
 
 
 @pytest.mark.parametrize("stage", ["read", "make", "write"])

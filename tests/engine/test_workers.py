@@ -146,6 +146,17 @@ def test_leaving_with_an_error_does_not_wait_for_what_is_left():
         workers.check()
 
 
+def test_an_interrupt_while_the_threads_begin_ends_them(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    workers = Workers(3, 10, 10)
+    monkeypatch.setattr(workers._threads[2], "start", interrupt)
+    with pytest.raises(KeyboardInterrupt), workers:
+        pass
+    assert not any(thread.is_alive() for thread in workers._threads)
+
+
 def test_the_number_of_threads_of_the_process_stays():
     before = torch.get_num_threads()
     seen = []
