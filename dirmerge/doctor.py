@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-REQUIRED = ("torch", "numpy", "pydantic", "PyYAML", "huggingface_hub", "typer", "rich")
+REQUIRED = ("torch", "numpy", "blake3", "pydantic", "PyYAML", "huggingface_hub", "typer", "rich")
 DEMO = ("transformers", "peft", "matplotlib", "safetensors")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -158,20 +159,14 @@ class _Buffers:
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
 
-    class _Loan:
-        def __init__(self, pool: _Buffers, sizes: list[int]) -> None:
-            self.pool = pool
-            self.buffers = [pool.take(size) for size in sizes]
-
-        def __enter__(self) -> list[Tensor]:
-            return self.buffers
-
-        def __exit__(self, *error: object) -> None:
-            for buffer in self.buffers:
-                self.pool.give(buffer)
-
-    def borrow(self, sizes: list[int]) -> _Loan:
-        return self._Loan(self, sizes)
+    @contextmanager
+    def borrow(self, sizes: list[int]) -> Iterator[list[Tensor]]:
+        buffers = [self.take(size) for size in sizes]
+        try:
+            yield buffers
+        finally:
+            for buffer in buffers:
+                self.give(buffer)
 
     def take(self, size: int) -> Tensor:
         with self._lock:

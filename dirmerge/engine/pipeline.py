@@ -264,8 +264,8 @@ class _Merge:
             self.workers.fail(error)
             for event in ended:
                 event.set()
-            if threading.current_thread() is threading.main_thread():
-                raise
+            if len(self.lanes) == 1:
+                raise  # in the caller's thread
 
     def _item(self, tensor: TensorPlan, lane: Lane, scale: float | None) -> Item:
         """Returns what is to do for a tensor; `scale` is the λ of the model, once it is known."""

@@ -1,9 +1,9 @@
 """What the forms of the truncated SVD cost, predicted from the shape: the choice of `svd="auto"`.
 
-All costs are FLOPs of a large float32 GEMM that take as long. The constants are measured by
-`python -m benchmarks.svd_choice rates` on two cores of an AMD EPYC with AVX-512 and MKL, where such a GEMM
-runs at 175 GFLOP/s. A GPU has a larger share of its speed in GEMMs, so there the randomized form gains more
-than predicted, never less.
+All costs are FLOPs of a large float32 GEMM that take as long. The constants were fitted by hand to single
+timings of the stages on two cores of an AMD EPYC with AVX-512 and MKL, where such a GEMM runs at
+175 GFLOP/s; `python -m benchmarks.svd_choice rates` times the stages again. No GPU was measured: where GEMMs
+have a larger share of the speed, the randomized form should gain more than predicted.
 """
 
 from __future__ import annotations
